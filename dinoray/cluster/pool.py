@@ -1,0 +1,146 @@
+"""`run_units` over Ray Data: one block = one lease of consecutive units, one actor = one runner.
+
+Rows carry unit numbers only; pixels and features never travel through the object store or the driver.
+Rounds: pending = plan - receipts -> one Dataset; after an error, a hang or the end, recompute; give up after
+`rounds` rounds without a new receipt. Nothing outside this module knows Ray Data.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy, DataContext
+
+from dinoray.cluster.resources import ActorShape, connect
+from dinoray.errors import DinorayError, NoProgress, SystemicError
+from dinoray.ledger import Receipt
+from dinoray.runners.build import RunnerSpec, build_runner
+
+logger = logging.getLogger(__name__)
+
+SINGLE_UNIT_LEASES = 2000
+"""Up to this many pending units a lease is one unit; above, leases grow so that blocks stay few."""
+LARGEST_LEASE = 8
+
+
+class LeaseActor:
+    """A Ray Data actor: builds its runner once, then runs leases. Only receipts leave it."""
+
+    def __init__(self, spec: RunnerSpec):
+        self.runner = build_runner(spec)
+
+    def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, list[str]]]:
+        for units in batch["units"]:
+            numbers = [int(n) for n in str(units).split(",")]
+            try:
+                for receipt in self.runner.lease(numbers):
+                    yield {"receipt": [receipt.to_json()], "error": [""]}
+            except DinorayError as error:
+                # as a row, so that one unit's trouble does not cancel the other actors' work; the driver decides
+                yield {"receipt": [""], "error": [("systemic: " if error.exit_code == 2 or
+                                                   isinstance(error, SystemicError) else "") + str(error)]}
+
+
+def lease_size(num_pending: int) -> int:
+    """Units per lease: 1 up to SINGLE_UNIT_LEASES pending, then growing to LARGEST_LEASE."""
+    return min(LARGEST_LEASE, max(1, -(-num_pending // SINGLE_UNIT_LEASES)))
+
+
+def leases(pending: Sequence[int]) -> list[str]:
+    """Pending unit numbers as comma-separated leases, in order."""
+    size = lease_size(len(pending))
+    return [",".join(str(n) for n in pending[i:i + size]) for i in range(0, len(pending), size)]
+
+
+def run_units(spec: RunnerSpec, recompute_pending: Callable[[], list[int]], on_receipt: Callable[[Receipt], None],
+              *, shape: ActorShape, rounds: int, stall_timeout_s: float) -> None:
+    """Run all pending units on a pool of actors; `on_receipt` sees each new receipt once, on this thread.
+
+    Raises what `on_receipt` raises, SystemicError when an actor says that nothing can work, NoProgress after
+    `rounds` rounds without a new receipt (with the last trouble).
+    """
+    idle_rounds, trouble = 0, ""
+    seen: set[str] = set()
+    while pending := recompute_pending():
+        if idle_rounds >= rounds:
+            raise NoProgress(f"{len(pending)} units are left after {rounds} rounds without progress; last: {trouble}",
+                             where=spec.out, todo="mend the cause, then run the same command again: it resumes")
+        before = len(seen)
+        trouble = _round(spec, pending, seen, on_receipt, shape, stall_timeout_s) or "no error was reported"
+        idle_rounds = 0 if len(seen) > before else idle_rounds + 1
+
+
+def _round(spec: RunnerSpec, pending: list[int], seen: set[str], on_receipt: Callable[[Receipt], None],
+           shape: ActorShape, stall_timeout_s: float) -> str:
+    """One Dataset over the pending units; returns the last trouble, or an empty text."""
+    rows: queue.Queue[Any] = queue.Queue()
+    stop = threading.Event()
+    thread = threading.Thread(target=_execute, args=(spec, pending, shape, rows, stop), daemon=True)
+    thread.start()
+    trouble = ""
+    try:
+        while True:
+            try:
+                row = rows.get(timeout=stall_timeout_s)
+            except queue.Empty:
+                trouble = f"no receipt for {stall_timeout_s:.0f} s"
+                logger.warning("%s: starting a new round", trouble)
+                ray.shutdown()  # ends the actors of this driver; connect() starts anew
+                connect(shape)
+                return trouble
+            if row is None:
+                return trouble
+            if isinstance(row, Exception):
+                logger.warning("a round ended with %s: %s", type(row).__name__, str(row).strip()[-2000:])
+                return f"{type(row).__name__}: {str(row).strip()[-500:]}"
+            if row["error"]:
+                text = row["error"].removeprefix("systemic: ")
+                if text != row["error"]:
+                    raise SystemicError(text, todo="mend the cause, then run the same command again: it resumes")
+                trouble = text
+                logger.warning("a unit was left for the next round: %s", text)
+                continue
+            receipt = Receipt.from_json(row["receipt"])
+            if receipt.unit not in seen:
+                seen.add(receipt.unit)
+                on_receipt(receipt)
+    finally:
+        stop.set()
+
+
+def _execute(spec: RunnerSpec, pending: list[int], shape: ActorShape, rows: queue.Queue, stop: threading.Event) -> None:
+    """Run the Dataset (own thread, so that the caller can watch the clock) and queue its rows, then None."""
+    try:
+        context = DataContext.get_current().copy()
+        context.enable_progress_bars = False
+        context.execution_options.verbose_progress = False
+        context.execution_no_progress_timeout_s = -1  # waiting for nodes counts there; the caller watches instead
+        context.max_consecutive_actor_init_deaths = 3
+        context.actor_init_retry_on_errors = False
+        texts = leases(pending)
+        with DataContext.current(context):
+            dataset = ray.data.from_items([{"units": text} for text in texts], override_num_blocks=len(texts))
+            dataset = dataset.map_batches(LeaseActor, fn_constructor_args=(spec,), batch_size=1,
+                                          compute=strategy(shape, len(texts)), num_cpus=shape.num_cpus,
+                                          num_gpus=shape.num_gpus)
+            for row in dataset.iter_rows():
+                if stop.is_set():
+                    return
+                rows.put(row)
+        rows.put(None)
+    except Exception as error:  # handed to the caller's thread, which logs or raises it
+        rows.put(error)
+
+
+def strategy(shape: ActorShape, num_leases: int) -> ActorPoolStrategy:
+    """The pool: exactly N actors, or MIN..MAX with at least two leases in flight each so that it can grow."""
+    low, high = min(shape.min_workers, num_leases), min(shape.max_workers, num_leases)
+    if low == high:
+        return ActorPoolStrategy(size=low, max_tasks_in_flight_per_actor=2)
+    return ActorPoolStrategy(min_size=low, max_size=high, max_tasks_in_flight_per_actor=3)

@@ -1,0 +1,75 @@
+"""Connecting to Ray, and the shape of the actors: how many, with which CPUs and GPUs."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+
+import ray
+
+from dinoray.errors import BadRequest
+
+LOCAL_OBJECT_STORE_BYTES = 128 * 2**20
+"""Only unit numbers and receipts travel, so a local Ray needs next to nothing."""
+CORES_PER_CPU_WORKER = 8
+"""With `workers=auto` on CPU: one actor per so many cores. One actor computes several batches at once."""
+
+
+@dataclass(frozen=True)
+class ActorShape:
+    """`min_workers`..`max_workers` actors with `num_cpus` and `num_gpus` each."""
+
+    min_workers: int
+    max_workers: int
+    num_cpus: int
+    num_gpus: int
+
+
+def connect(shape: ActorShape | None = None) -> bool:
+    """Join the cluster that RAY_ADDRESS or a Ray job names, else start a local one; True when it is local.
+
+    Never joins another user's cluster by accident: without RAY_ADDRESS nothing but a local one is used.
+    """
+    if ray.is_initialized():
+        return False
+    settings = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"):
+        ray.init(address="auto", **settings)
+        return False
+    ray.init(address="local", include_dashboard=False, object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+             _node_ip_address="127.0.0.1", **settings)
+    return True
+
+
+def actor_shape(workers: str, *, device: str, decode_threads: int | None, compute_threads: int | None) -> ActorShape:
+    """Resolve `workers` against the cluster that is connected.
+
+    CUDA: one GPU per actor, decode threads + 1 CPUs. CPU: the cores of the cluster shared among the actors
+    (`compute_threads` where given). Raises BadRequest when not even one actor can ever fit.
+    """
+    total = ray.cluster_resources()
+    cpus, gpus = int(total.get("CPU", 0)), int(total.get("GPU", 0))
+    largest = max((int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]), default=0)
+    if workers == "auto":
+        low = high = max(1, gpus if device == "cuda" else cpus // CORES_PER_CPU_WORKER)
+    else:
+        low, high = int(workers.split(",")[0]), int(workers.split(",")[-1])
+    if device == "cuda":
+        return ActorShape(low, high, (decode_threads or 4) + 1, 1)
+    threads = compute_threads or max(1, min(cpus // high, largest))
+    if not may_grow() and threads * low > cpus:
+        raise BadRequest(f"{low} actors of {threads} CPUs do not fit the cluster's {cpus} CPUs",
+                         where="--workers", todo=f"use at most {max(1, cpus // threads)} workers, or fewer compute_threads")
+    return ActorShape(low, high, threads, 0)
+
+
+def may_grow() -> bool:
+    """Whether nodes may still join: not in a local Ray that we started, so what does not fit there never will."""
+    return bool(os.environ.get("RAY_JOB_ID") or os.environ.get("RAY_ADDRESS"))
+
+
+def disconnect(local: bool) -> None:
+    """Leave the cluster; a local one ends. Jobs keep their connection: Ray ends it with the process."""
+    if local:
+        ray.shutdown()

@@ -1,0 +1,215 @@
+"""Job models: what a user asks for, validated before anything runs.
+
+Every field has its docstring; units stand in the names. A field changes results unless it is listed in
+`EXECUTION_FIELDS`: the job fingerprint hashes all the others, so a new field is safe by default.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from dinoray.errors import BadRequest
+
+EXECUTION_FIELDS = frozenset({
+    "sources", "out", "weights", "workers", "no_ray", "decode_threads", "compute_threads", "staging", "strict",
+    "max_failed_fraction", "accept_dinov3_license", "rounds", "stall_timeout_s", "prefetch_bytes",
+})
+"""Fields that change how a job runs, never what it writes. `sources` and `weights` are identified by
+content instead: the digest of the listing and the digest of the weights."""
+
+
+Job = TypeVar("Job", bound=BaseModel)
+
+
+class ExtractImagesJob(BaseModel):
+    """Features of a collection of 2D images: `dinoray extract images` and jobs/extract_images.py."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    sources: tuple[str, ...] = Field(min_length=1)
+    """Folders, files, globs, fsspec URLs (`s3://...`), or CSV/Parquet manifests."""
+    out: str
+    """Output folder or URL; running the same job on it again resumes it."""
+    model: str | None = None
+    """Variant such as `vits16`; alone it means its official weights."""
+    weights: str | None = None
+    """Hub id, folder, file, or `random[:SEED]`."""
+    accept_dinov3_license: bool = False
+    """You accept the DINOv3 License: the open timm mirror may then be used where the official one is gated."""
+    staging: str | None = None
+    """Where actors read the weights from, by digest; default `OUT/_dinoray/weights`."""
+    features: tuple[Literal["cls", "patch_mean", "patches"], ...] = ("cls", "patch_mean")
+    """`cls` and `patch_mean` are columns, `patches` dense Zarr arrays."""
+    layers: tuple[int, ...] | None = None
+    """0-based transformer layers; default the last one, without a suffix in the column names."""
+    channels: str = "auto"
+    """`auto`, `rgb`, `mean`, `each`, or groups of three: `NAME=a,b,c[;NAME2=d,e,f]`."""
+    size: Literal["auto", "native", "tiles", "resize"] = "auto"
+    """`auto`: tiles where a side exceeds 2 * tile_px, else native; `resize`: the reference processor's geometry."""
+    tile_px: int = Field(256, ge=32, le=4096)
+    """Side of a tile in source pixels; a multiple of the patch size."""
+    resize_px: int = Field(224, ge=16, le=4096)
+    """Side after `size=resize`, a multiple of the patch size."""
+    scaling: Literal["plate", "image", "dtype"] = "plate"
+    """Percentiles per plate (or folder) and channel; per image; or the dtype's full range."""
+    scaling_low_percent: float = Field(0.1, ge=0, le=100)
+    """Percentile that becomes 0."""
+    scaling_high_percent: float = Field(99.9, ge=0, le=100)
+    """Percentile that becomes 1."""
+    scaling_sample: int = Field(64, ge=1, le=100_000)
+    """Images per plate (or folder) whose pixels fix the percentiles, chosen by the hash of their ids."""
+    contrast: Literal["none", "clahe"] = "none"
+    """Local contrast after scaling; `clahe` has tiles of fixed physical size anchored at the image origin."""
+    clahe_tile_px: int = Field(64, ge=8, le=4096)
+    """Side of a CLAHE tile in px, where `clahe_tile_um` is not given."""
+    clahe_tile_um: float | None = Field(None, gt=0)
+    """Side of a CLAHE tile in µm; needs the image's pixel size."""
+    clahe_clip: float = Field(2.0, gt=1)
+    """CLAHE clip limit as a multiple of the mean histogram height."""
+    pixel_size_um: float | None = Field(None, gt=0)
+    """Pixel size in µm where the files do not say it."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`auto`: bfloat16 on CUDA, float32 on CPU; fixed in the plan."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Resolved once, in the plan."""
+    token_budget: int | None = Field(None, ge=64)
+    """Tokens per micro-batch; default from a table by variant, precision and device."""
+    vector_dtype: Literal["float32", "float16"] = "float32"
+    """Type of the vector columns; float16 is checked for overflow."""
+    dense_dtype: Literal["float16", "float32"] = "float16"
+    """Type of the dense arrays; float16 is checked for overflow."""
+    pattern: str = "auto"
+    """File-name pattern: `auto`, `none`, a shipped name, or a regex with named groups."""
+    where: dict[str, str] = Field(default_factory=dict)
+    """Only items whose metadata match, e.g. `Plate: BR001*`."""
+    limit: int | None = Field(None, ge=1)
+    """Only the first N items, for pilots."""
+    z_projection: Literal["refuse", "max", "middle"] = "refuse"
+    """What to do with focus stacks inside one file."""
+    max_pixels: int = Field(2**28, ge=1)
+    """Largest declared Y*X; above it an image is quarantined before it is decoded."""
+    max_file_bytes: int = Field(4 * 2**30, ge=1)
+    """Largest file, and largest decoded image, in bytes."""
+    unit_items: int = Field(256, ge=1, le=100_000)
+    """Most images in a unit."""
+    unit_bytes: int = Field(1_000_000_000, ge=1)
+    """Most bytes of files in a unit, by the listing."""
+    max_failed_fraction: float = Field(0.1, ge=0, le=1)
+    """The run stops above this share of quarantined items, after 200 items, overall and per plate."""
+    workers: str = "auto"
+    """`auto`, a number of actors, or `MIN,MAX` for an autoscaling cluster."""
+    no_ray: bool = False
+    """Run in this process, without Ray."""
+    decode_threads: int | None = Field(None, ge=1)
+    """Threads that read and decode, per actor."""
+    compute_threads: int | None = Field(None, ge=1)
+    """Micro-batches computed at once on CPU, each on one thread; default the cores of the actor."""
+    prefetch_bytes: int = Field(1_000_000_000, ge=1)
+    """Decoded bytes an actor may hold ahead of the device."""
+    rounds: int = Field(3, ge=1)
+    """Rounds without one new receipt after which the run gives up."""
+    stall_timeout_s: float = Field(3600.0, gt=0)
+    """Seconds without any sign of life from the actors after which a round is started anew."""
+    strict: bool = False
+    """jobs/*.py: quarantined items make exit code 3 instead of 0."""
+
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _one_source(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("features", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _split_layers(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = [part for part in value.split(",") if part.strip()]
+        return [value] if isinstance(value, int) else (value or None)
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _workers_text(cls, value: Any) -> str:
+        if isinstance(value, list | tuple):
+            return ",".join(str(v) for v in value)
+        return str(value)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ExtractImagesJob:
+        if not re.fullmatch(r"auto|[1-9]\d*|[1-9]\d*,[1-9]\d*", self.workers):
+            raise ValueError(f"workers: {self.workers!r} is neither `auto`, N, nor MIN,MAX")
+        if "," in self.workers and int(self.workers.split(",")[0]) > int(self.workers.split(",")[1]):
+            raise ValueError(f"workers: MIN is above MAX in {self.workers!r}")
+        if self.scaling_low_percent >= self.scaling_high_percent:
+            raise ValueError("scaling_low_percent must be below scaling_high_percent")
+        if not self.features or len(set(self.features)) != len(self.features):
+            raise ValueError("features: name each wanted feature once")
+        if self.layers is not None and (len(set(self.layers)) != len(self.layers) or min(self.layers) < 0):
+            raise ValueError("layers: distinct 0-based numbers")
+        channel_groups(self.channels)
+        return self
+
+    def result_settings(self) -> dict[str, Any]:
+        """The settings that change results, as plain JSON values."""
+        return {k: v for k, v in self.model_dump(mode="json").items() if k not in EXECUTION_FIELDS}
+
+
+def channel_groups(policy: str) -> dict[str, tuple[str, str, str]] | None:
+    """The named groups of a channel policy, or None for `auto`, `rgb`, `mean`, `each`.
+
+    Raises ValueError (pydantic shows it with the field's name) for anything else.
+    """
+    if policy in ("auto", "rgb", "mean", "each"):
+        return None
+    groups: dict[str, tuple[str, str, str]] = {}
+    for part in policy.split(";"):
+        name, _, members = part.partition("=")
+        names = tuple(m.strip() for m in members.split(","))
+        name = name.strip()
+        if not name or len(names) != 3 or not all(names) or name in groups:
+            raise ValueError(f"channels: {policy!r} is not auto|rgb|mean|each or NAME=a,b,c[;NAME2=d,e,f]")
+        groups[name] = names  # type: ignore[assignment]
+    return groups
+
+
+def build_job(model: type[Job], values: dict[str, Any]) -> Job:
+    """Validate a job; every problem is listed with its field. Raises BadRequest."""
+    try:
+        return model(**values)
+    except ValidationError as error:
+        lines = [f"{'.'.join(str(p) for p in e['loc']) or 'job'}: {e['msg']}" for e in error.errors()]
+        raise BadRequest("the job is not valid:\n  " + "\n  ".join(lines),
+                         todo=f"fields: {', '.join(model.model_fields)}") from error
+
+
+def read_job_file(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """A job's YAML (safe loader) with `key=value` overrides, values read as YAML. Raises BadRequest."""
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise BadRequest(f"cannot read the job file: {error}", where=str(path)) from error
+    if not isinstance(values, dict):
+        raise BadRequest("a job file is a mapping of field: value", where=str(path))
+    for override in overrides or []:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise BadRequest(f"not an override: {override!r}", todo="write key=value")
+        try:
+            values[key.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise BadRequest(f"not an override: {override!r}: {error}") from error
+    return values
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces: the text that is hashed."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

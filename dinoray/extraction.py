@@ -1,0 +1,279 @@
+"""`extract_images`: the whole life of a job, from listing to `_SUCCESS`. What the CLI and jobs/ call.
+
+resolve -> record the request -> list -> statistics units -> seal the plan -> units in rounds -> verify.
+Every step can be killed and is found again by the next run of the same command.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import shlex
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from dinoray.config import ExtractImagesJob, canonical_json
+from dinoray.errors import BadRequest, ChangedRequest, TooManyFailures
+from dinoray.io.sources import list_items
+from dinoray.io.stores import Store, is_local, local_path, open_store
+from dinoray.ledger import Ledger, Receipt, Tally
+from dinoray.planning import Spool, check_same_inputs, spool_items, write_plan
+from dinoray.memory.meter import available_cores
+from dinoray.progress import Progress
+from dinoray.resolve import Resolved, resolve
+from dinoray.runners.build import RunnerSpec, build_runner
+from dinoray.runners.local import run_units
+from dinoray.units import Plan, PlanWriter, fingerprint_of
+from dinoray.verification import verify_fast
+
+logger = logging.getLogger(__name__)
+
+STATS_UNIT_ITEMS = 64
+
+
+@dataclass
+class Outcome:
+    """What a run came to."""
+
+    out: str
+    fingerprint: str
+    num_units: int
+    tally: Tally
+    resume_command: str
+    executed_units: int = 0
+    verified: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def exit_code(self) -> int:
+        """0 complete, 3 complete except quarantined items."""
+        return 3 if self.tally.quarantined else 0
+
+
+def extract_images(job: ExtractImagesJob, say: Callable[[str], None] = print, *, command: str = "") -> Outcome:
+    """Run the job to its end (or resume it). `say` gets the lines meant for the user.
+
+    Raises BadRequest (nothing was run), ChangedRequest (the output belongs to another request),
+    TooManyFailures, SystemicError, NoProgress.
+    """
+    job = job.model_copy(update={"out": str(local_path(job.out)) if is_local(job.out) else job.out.rstrip("/")})
+    resolved = resolve(job)
+    store = open_store(job.out)
+    command = command or resume_command(job)
+    say(f"dinoray {resolved.fingerprint}  {resolved.description}")
+    say(f"output {job.out}")
+    say(f"resume with: {command}")
+    sealed = _record_request(store, resolved, command)
+    listing = list_items(list(job.sources), pattern=job.pattern, where=dict(job.where), limit=job.limit)
+    progress = Progress(say)
+    with progress, _pool(job, resolved, say) as pool, \
+            spool_items(listing.items, sample=job.scaling_sample if job.scaling == "plate" and not sealed else 0) as spool:
+        if listing.num_ignored:
+            say(f"files that are no images: {listing.describe_ignored()}")
+        if sealed:
+            plan = Plan(store)
+            check_same_inputs(plan, spool)
+        else:
+            if job.scaling == "plate":
+                _statistics(store, resolved, spool, pool, progress)
+            plan = _seal(store, resolved, spool, listing.root)
+        ledger = Ledger(store)
+        done = ledger.done()
+        tally = Tally()
+        for receipt in ledger.receipts([u for u in plan.unit_ids if u in done]):
+            tally.add(receipt)
+        outcome = Outcome(job.out, resolved.fingerprint, len(plan), tally, command)
+        say(f"{plan.num_items} images in {len(plan)} units"
+            + (f", {tally.units} units done before" if tally.units else ""))
+
+        def on_receipt(receipt: Receipt) -> None:
+            tally.add(receipt)
+            outcome.executed_units += 1
+            progress.advance(tally)
+            reason = tally.too_many_failures(job.max_failed_fraction)
+            if reason:
+                raise TooManyFailures(reason, where=job.out, todo=f"see `dinoray status {job.out}`; raise "
+                                      "--max-failed-fraction to go on, or mend the inputs and use a new --out")
+
+        progress.begin("images", total=plan.num_items, tally=tally)
+        if plan.pending(done):
+            pool(RunnerSpec("image-features", job.out, job=resolved.job.model_dump(mode="json"),
+                            weights=resolved.weights_location(pool.local), digest=resolved.digest),
+                 lambda: plan.pending(ledger.done()), on_receipt)
+    return _finish(store, plan, ledger, outcome, say)
+
+
+def _record_request(store: Store, resolved: Resolved, command: str) -> bool:
+    """Write job.json, or compare with the one that is there; True when the plan is sealed already."""
+    sealed = Plan.exists(store)
+    try:
+        existing = json.loads(store.get("_dinoray/job.json"))
+    except FileNotFoundError:
+        existing = None
+        stray = next((key for key, _ in store.list() if not key.startswith("_dinoray/tmp/")), None)
+        if stray is not None:
+            raise BadRequest(f"the output folder is not empty and not dinoray's (it holds {stray})", where=store.url,
+                             todo="choose a new or empty folder for --out") from None
+    if existing is not None and existing["fingerprint"] != resolved.fingerprint:
+        changes = differences(existing["identity"], resolved.identity)
+        if sealed:
+            raise ChangedRequest("this output was made with other settings:\n  " + "\n  ".join(changes),
+                                 where=store.url, todo="use another --out, or the same settings to resume")
+    if existing is None or not sealed:
+        content = {"fingerprint": resolved.fingerprint, "identity": resolved.identity, "command": command,
+                   "job": resolved.job.model_dump(mode="json"), "weights": resolved.weights_facts}
+        store.put("_dinoray/job.json", json.dumps(content, indent=1, sort_keys=True).encode())
+    return sealed
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """`field: old -> new` for every leaf that differs between two JSON values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        lines = []
+        for key in sorted(old.keys() | new.keys()):
+            lines += differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+        return lines
+    return [] if old == new else [f"{path}: {json.dumps(old)} -> {json.dumps(new)}"]
+
+
+def _statistics(store: Store, resolved: Resolved, spool: Spool, pool: Any, progress: Progress) -> None:
+    """Run the statistics units over the sample and store the scaling beside the plan."""
+    from dinoray.runners import statistics
+
+    job = resolved.job
+    settings = {k: resolved.identity["settings"][k] for k in ("z_projection", "max_pixels", "max_file_bytes")}
+    fingerprint = fingerprint_of({"statistics": settings, "libraries": resolved.identity["numerics"]["libraries"]})
+    writer = PlanWriter(store, statistics.PREFIX, fingerprint, max_items=STATS_UNIT_ITEMS, max_bytes=job.unit_bytes,
+                        max_open=1)
+    for row, digest in spool.sampled():
+        writer.add(row, digest)
+    writer.seal(num_items=sum(len(v) for v in spool.samples.values()))
+    plan, ledger = Plan(store, statistics.PREFIX), Ledger(store, statistics.PREFIX)
+    tally = Tally()
+    progress.begin("statistics", total=plan.num_items, tally=tally)
+
+    def on_receipt(receipt: Receipt) -> None:
+        tally.add(receipt)
+        progress.advance(tally)
+
+    pool(RunnerSpec("statistics", job.out, statistics.PREFIX, job=job.model_dump(mode="json")),
+         lambda: plan.pending(ledger.done()), on_receipt)
+    table = statistics.scaling_table(store, ledger.receipts(plan.unit_ids),
+                                     (job.scaling_low_percent, job.scaling_high_percent))
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    store.put("_dinoray/plan/scaling.parquet", sink.getbuffer())
+
+
+def _seal(store: Store, resolved: Resolved, spool: Spool, root: str) -> Plan:
+    """Write the plan; its index, put last, seals it."""
+    job, salt = resolved.job, None
+    if job.scaling == "plate":
+        from dinoray.runners.statistics import read_scaling
+
+        scaling = read_scaling(pq.read_table(io.BytesIO(store.get("_dinoray/plan/scaling.parquet"))))
+        salt = lambda groups: canonical_json({g: scaling.get(g) for g in sorted(groups)})  # noqa: E731
+    writer = PlanWriter(store, "_dinoray", resolved.fingerprint, max_items=job.unit_items, max_bytes=job.unit_bytes,
+                        group_salt=salt)
+    write_plan(spool, writer, root=root, numerics=resolved.identity["numerics"],
+               described=resolved.described)
+    return Plan(store)
+
+
+class LocalPool:
+    """Runs units in this process."""
+
+    local = True
+
+    def __init__(self, job: ExtractImagesJob, resolved: Resolved):
+        self.job, self.resolved = job, resolved
+
+    def __call__(self, spec: RunnerSpec, recompute_pending: Callable[[], list[int]],
+                 on_receipt: Callable[[Receipt], None]) -> None:
+        cores = available_cores()
+        spec = replace(spec, decode_threads=self.job.decode_threads or max(2, cores),
+                       compute_threads=self.job.compute_threads or cores)
+        backbone = self.resolved.backbone if spec.kind == "image-features" else None
+        run_units(lambda: build_runner(spec, backbone), recompute_pending(), on_receipt)
+
+
+class RayPool:
+    """Runs units on Ray actors."""
+
+    def __init__(self, job: ExtractImagesJob, resolved: Resolved, local: bool):
+        self.job, self.resolved, self.local = job, resolved, local
+
+    def __call__(self, spec: RunnerSpec, recompute_pending: Callable[[], list[int]],
+                 on_receipt: Callable[[Receipt], None]) -> None:
+        from dinoray.cluster.pool import run_units as run_on_ray
+        from dinoray.cluster.resources import actor_shape
+
+        device = self.resolved.device if spec.kind == "image-features" else "cpu"
+        shape = actor_shape(self.job.workers, device=device, decode_threads=self.job.decode_threads,
+                            compute_threads=self.job.compute_threads)
+        threads = max(2, shape.num_cpus - (device == "cuda"))
+        spec = replace(spec, decode_threads=self.job.decode_threads or threads,
+                       compute_threads=self.job.compute_threads or shape.num_cpus)
+        self.resolved.release()  # the actors hold the model, the driver need not
+        run_on_ray(spec, recompute_pending, on_receipt, shape=shape, rounds=self.job.rounds,
+                   stall_timeout_s=self.job.stall_timeout_s)
+
+
+@contextlib.contextmanager
+def _pool(job: ExtractImagesJob, resolved: Resolved, say: Callable[[str], None]) -> Iterator[LocalPool | RayPool]:
+    if job.no_ray:
+        yield LocalPool(job, resolved)
+        return
+    from dinoray.cluster.resources import connect, disconnect
+
+    began = time.monotonic()
+    local = connect()
+    say(f"Ray {'started on this machine' if local else 'cluster joined'} in {time.monotonic() - began:.1f} s")
+    try:
+        yield RayPool(job, resolved, local)
+    finally:
+        disconnect(local)
+
+
+def _finish(store: Store, plan: Plan, ledger: Ledger, outcome: Outcome, say: Callable[[str], None]) -> Outcome:
+    """Summary, verification, `_SUCCESS`, last line."""
+    tally = outcome.tally
+    store.put("_dinoray/summary.json", json.dumps(
+        {"fingerprint": outcome.fingerprint, "num_units": len(plan), **tally.as_dict()}, indent=1, sort_keys=True).encode())
+    outcome.verified = verify_fast(store, plan, ledger, write_success=True)
+    bad = ""
+    if tally.quarantined:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(tally.reasons.items()))
+        bad = f", {tally.quarantined} quarantined ({reasons})"
+    if tally.degraded_units:
+        bad += f", {tally.degraded_units} units with degraded numerics"
+    say(f"dinoray {outcome.fingerprint}  complete: {tally.items} images, {tally.rows} rows{bad}  {outcome.out}")
+    say(f"look at it: dinoray report {shlex.quote(outcome.out)}   same command again: {outcome.resume_command}")
+    return outcome
+
+
+def resume_command(job: ExtractImagesJob) -> str:
+    """A command line that runs the same job again."""
+    words = ["dinoray", "extract", "images", *job.sources, "--out", job.out]
+    default = type(job).model_fields
+    for name, value in job.model_dump(mode="json").items():
+        if name in ("sources", "out") or value == default[name].get_default(call_default_factory=True):
+            continue
+        if isinstance(default[name].get_default(call_default_factory=True), tuple) and \
+                tuple(value) == default[name].get_default(call_default_factory=True):
+            continue
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag)
+        elif isinstance(value, dict):
+            words += [w for k, v in value.items() for w in (flag, f"{k}={v}")]
+        elif isinstance(value, list):
+            words += [flag, ",".join(str(v) for v in value)]
+        else:
+            words += [flag, str(value)]
+    return shlex.join(words)

@@ -1,0 +1,141 @@
+"""Files of a folder -> Items: one per image, with its channels, its metadata and an id that can be stored."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections import Counter
+from collections.abc import Iterator
+from hashlib import blake2b
+
+from dinoray.io import plates
+from dinoray.io.items import FileRef, Item
+from dinoray.io.walk import Entry, count
+
+MAX_ID = 1024
+"""Characters of an item id."""
+_BAD = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_NOT_A_PLATE = re.compile(r"(images|timepoint_?\d+|zstep_?\d+)", re.IGNORECASE)
+
+
+def relative_to(root: str, uri: str) -> str:
+    """The POSIX path of a file below the root; its whole URI when it lies elsewhere."""
+    prefix = root if root.endswith("/") else root + "/"
+    return uri[len(prefix):] if root and uri.startswith(prefix) else uri
+
+
+def group_of(metadata: dict[str, str | None], path: str) -> str:
+    """What intensity scaling is shared over: [source/][batch/]plate where known, else the folder of `path`."""
+    if metadata.get("Metadata_Plate"):
+        names = (metadata.get(f"Metadata_{name}") for name in ("Source", "Batch", "Plate"))
+        return "/".join(name for name in names if name)
+    return posixpath.dirname(path) or "."
+
+
+def make_item(
+    item_id: str,
+    files: tuple[FileRef, ...],
+    root: str,
+    *,
+    channels: tuple[str, ...] = (),
+    metadata: dict[str, str | None] | None = None,
+    problem: str | None = None,
+) -> Item:
+    """An Item with its group and plate; an id or path that cannot be stored becomes the problem `bad_id`.
+
+    Bad characters (control characters, names that are not UTF-8) are written as escapes, so that the
+    item can be reported; ids over MAX_ID characters are cut and end in a hash.
+    """
+    metadata = metadata or {}
+    group = group_of(metadata, relative_to(root, files[0].uri))
+    if not item_id or len(item_id) > MAX_ID or _BAD.search(item_id) or any(_BAD.search(f.uri) for f in files):
+        problem = f"bad_id: {len(item_id)} characters, or some that are not printable"
+        digest = blake2b(item_id.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+        item_id = _printable(item_id)
+        item_id = item_id if len(item_id) <= MAX_ID else f"{item_id[:MAX_ID - 20]}...{digest}"
+        files = tuple(FileRef(_printable(f.uri), f.size, f.version) for f in files)
+        group = _printable(group)
+        metadata = {key: value and _printable(value) for key, value in metadata.items()}
+    return Item(item_id, files, channels, group, metadata.get("Metadata_Plate"), metadata, problem)
+
+
+def _printable(text: str) -> str:
+    return _BAD.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+def make_items(
+    files: list[Entry], root: str, pattern: plates.Pattern | None, auto: bool, ignored: dict[str, int]
+) -> Iterator[Item]:
+    """Items of a folder's files (sorted by name), sorted by id.
+
+    With a pattern, one item per key with its files in the natural order of the channels; with `auto` the
+    pattern is the shipped one that all of them match, if any. Files that the pattern knows to be
+    thumbnails are counted in `ignored`.
+    """
+    explicit = pattern is not None
+    if auto:
+        pattern = plates.detect([entry.name for entry in files])
+    if pattern is None:
+        for entry in files:
+            yield make_item(relative_to(root, entry.file.uri), (entry.file,), root)
+        return
+    items: list[Item] = []
+    images: dict[str, list[tuple[plates.ParsedName, FileRef]]] = {}
+    for entry in files:
+        path = relative_to(root, entry.file.uri)
+        if pattern.ignore and pattern.ignore.fullmatch(entry.name):
+            count(ignored, "thumbnail")
+            continue
+        parsed = plates.parse(pattern, path)
+        if parsed is not None:
+            images.setdefault(parsed.key_without_channel, []).append((parsed, entry.file))
+        elif explicit:
+            items.append(make_item(path, (entry.file,), root,
+                                   problem=f"pattern_mismatch: the name does not match {pattern.name}"))
+    plates_channels: dict[str | None, set[str]] = {}
+    metadata = {key: _metadata(files) for key, files in images.items()}
+    for key, found in images.items():
+        channels = plates_channels.setdefault(metadata[key].get("Metadata_Plate"), set())
+        channels |= {parsed.channel for parsed, _ in found}
+    for key, found in images.items():
+        found.sort(key=lambda pair: (natural(pair[0].channel), pair[1].uri))
+        channels = tuple(parsed.channel for parsed, _ in found)
+        items.append(make_item(
+            key, tuple(file for _, file in found), root, channels=channels, metadata=metadata[key],
+            problem=_channel_problem(channels, plates_channels[metadata[key].get("Metadata_Plate")])))
+    yield from sorted(items, key=lambda item: item.item_id)
+
+
+def _channel_problem(channels: tuple[str, ...], expected: set[str]) -> str | None:
+    twice = [channel for channel, n in Counter(channels).items() if n > 1]
+    if twice:
+        return f"duplicate_channel: more than one file of {', '.join(twice)}"
+    missing = sorted(expected - set(channels), key=natural)
+    return f"channel_count: missing {', '.join(missing)}" if missing else None
+
+
+def _metadata(files: list[tuple[plates.ParsedName, FileRef]]) -> dict[str, str | None]:
+    """What the names of all channels agree on, and the plate from the folder when no name tells it."""
+    first = files[0][0].metadata
+    metadata: dict[str, str | None] = {
+        key: value for key, value in first.items() if all(p.metadata.get(key) == value for p, _ in files)
+    }
+    if not metadata.get("Metadata_Plate"):
+        metadata.pop("Metadata_Plate", None)
+        plate = plate_of_folder(posixpath.dirname(files[0][1].uri))
+        if plate:
+            metadata = {"Metadata_Plate": plate} | metadata
+    return metadata
+
+
+def plate_of_folder(folder: str) -> str | None:
+    """The name of the plate's folder: .../PLATE, .../PLATE/Images, .../PLATE/TimePoint_1/ZStep_1."""
+    names = [name for name in folder.split("://")[-1].split("/") if name]
+    while names and _NOT_A_PLATE.fullmatch(names[-1]):
+        names.pop()
+    return names[-1] if names else None
+
+
+def natural(text: str) -> list[tuple[int, int, str]]:
+    """Sort key: ch2 before ch10."""
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", text) if part]

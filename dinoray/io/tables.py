@@ -1,0 +1,136 @@
+"""The Parquet schema of image features: one row per (item, channel, tile), readable without dinoray or Ray.
+
+Vectors are FixedSizeList<float32 or float16>[D], never a Ray tensor extension type: pyarrow, pandas, polars,
+duckdb and Hugging Face datasets read them as they are. Rows stand in plan order; there is no timestamp, so
+the same unit gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.fs
+import pyarrow.parquet as pq
+
+from dinoray.errors import BadRequest, ItemError
+from dinoray.io.stores import filesystem, is_local, local_path, safe_join
+
+ROW_GROUP_BYTES = 64 * 2**20
+"""Row groups are cut near this size so that readers can stream."""
+
+_FIXED = [
+    ("item_id", pa.string()), ("uri", pa.string()), ("channel", pa.string()), ("tile", pa.int32()),
+    ("y0", pa.int32()), ("x0", pa.int32()), ("y1", pa.int32()), ("x1", pa.int32()),
+    ("height", pa.int32()), ("width", pa.int32()), ("pixel_size_um", pa.float64()),
+    ("p01", pa.float32()), ("p50", pa.float32()), ("p999", pa.float32()),
+    ("frac_saturated", pa.float32()), ("focus", pa.float32()),
+]
+
+
+def feature_schema(*, vectors: Mapping[str, int], vector_dtype: str, dense: Sequence[str] = (),
+                   metadata_columns: Sequence[str] = (), facts: Mapping[str, Any] | None = None) -> pa.Schema:
+    """The schema of one output: fixed columns, `Metadata_*`, vectors (name -> D), dense references.
+
+    `dense`: columns of dense features, each giving `<name>_array` and `<name>_index` (`dense_array` and
+    `dense_index` where there is one without a layer, named `patches`). `facts` go to the file metadata under
+    `dinoray` (fingerprint, model, weights digest, normalisation, preprocessing).
+    """
+    kind = {"float32": pa.float32(), "float16": pa.float16()}[vector_dtype]
+    fields = list(_FIXED) + [(name, pa.string()) for name in metadata_columns]
+    for name in dense:
+        array, index = dense_columns(name)
+        fields += [(array, pa.string()), (index, pa.int64())]
+    fields += [(name, pa.list_(kind, dim)) for name, dim in vectors.items()]
+    described = {"dinoray": json.dumps(facts or {}, sort_keys=True)}
+    return pa.schema(fields, metadata=described)
+
+
+def dense_columns(name: str) -> tuple[str, str]:
+    """The two columns that point from a row to its patch grid: `patches` -> dense_array, dense_index."""
+    suffix = name.removeprefix("patches")
+    return f"dense_array{suffix}", f"dense_index{suffix}"
+
+
+def as_vector_dtype(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Cast float32 features to `float32` or `float16`. Raises ItemError `nonfinite`, `overflow`."""
+    if not np.isfinite(values).all():
+        raise ItemError("nonfinite", "the features hold NaN or infinity", todo="try precision=float32")
+    if dtype == "float16" and np.abs(values).max(initial=0) > np.finfo(np.float16).max:
+        raise ItemError("overflow", f"features reach {np.abs(values).max():.3g}, above float16's 65504",
+                        todo="use float32")
+    return values.astype(dtype, copy=False)
+
+
+def write_table(columns: Mapping[str, Any], schema: pa.Schema) -> memoryview:
+    """One Parquet file (zstd) of equal-length columns; vectors are arrays [n, D] written without copies."""
+    arrays = []
+    for field in schema:
+        values = columns[field.name]
+        if pa.types.is_fixed_size_list(field.type):
+            flat = np.ascontiguousarray(values).reshape(-1)
+            arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(flat, field.type.value_type), type=field.type))
+        else:
+            arrays.append(pa.array(values, field.type))
+    table = pa.Table.from_arrays(arrays, schema=schema)
+    row_bytes = max(1, table.nbytes // max(1, table.num_rows))
+    sink = io.BytesIO()
+    # vectors do not repeat: a dictionary would only cost time; statistics of vectors help nobody
+    vectors = [f.name for f in schema if pa.types.is_fixed_size_list(f.type)]
+    plain = [f.name for f in schema if f.name not in vectors]
+    pq.write_table(table, sink, compression="zstd", row_group_size=max(1, ROW_GROUP_BYTES // row_bytes),
+                   use_dictionary=[n for n in plain if pa.types.is_string(schema.field(n).type)],
+                   write_statistics=plain)
+    return sink.getbuffer()
+
+
+class Features:
+    """An output folder read back: `open_features(OUT)`."""
+
+    def __init__(self, url: str):
+        self.url = url
+        if is_local(url):
+            folder, fs = str(local_path(url) / "features"), pyarrow.fs.LocalFileSystem()
+        else:
+            remote, path = filesystem(url)
+            folder, fs = f"{path.rstrip('/')}/features", pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(remote))
+        try:
+            self.dataset = ds.dataset(folder, format="parquet", filesystem=fs)
+            self.facts: dict[str, Any] = json.loads(self.dataset.schema.metadata[b"dinoray"])
+        except (FileNotFoundError, KeyError, TypeError) as error:
+            raise BadRequest("there are no features here", where=f"{url}/features",
+                             todo="give the --out of a finished `dinoray extract`") from error
+
+    @property
+    def vectors(self) -> list[str]:
+        """Names of the vector columns."""
+        return [f.name for f in self.dataset.schema if pa.types.is_fixed_size_list(f.type)]
+
+    def table(self, columns: Sequence[str] | None = None, **kwargs: Any) -> pa.Table:
+        """The rows (all files) as one Arrow table; `columns` to read fewer, `filter=` as in pyarrow.dataset."""
+        return self.dataset.to_table(columns=None if columns is None else list(columns), **kwargs)
+
+    def matrix(self, column: str = "cls", **kwargs: Any) -> np.ndarray:
+        """One vector column as [rows, D]."""
+        if column not in self.vectors:
+            raise BadRequest(f"no vector column {column!r}", where=self.url, todo=f"one of {', '.join(self.vectors)}")
+        chunks = self.table([column], **kwargs)[column].combine_chunks()
+        return chunks.flatten().to_numpy(zero_copy_only=False).reshape(len(chunks), -1)
+
+    def dense(self, array: str, index: int) -> np.ndarray:
+        """The patch grid [h, w, D] that a row's `dense_array` and `dense_index` name."""
+        import zarr
+
+        part, _, name = array.partition(".zarr/")
+        base = str(local_path(self.url)) if is_local(self.url) else self.url.rstrip("/")
+        return zarr.open_array(f"{base}/{safe_join(part + '.zarr', name)}", mode="r")[index]
+
+
+def open_features(url: str) -> Features:
+    """Open the features that a run wrote to `url` (folder or fsspec URL). Raises BadRequest when there are none."""
+    return Features(url)

@@ -1,0 +1,37 @@
+"""Token budgets: how many tokens one micro-batch may hold, by model, precision and device.
+
+The budget is a field of the job with a default from this table, never from the planning machine, its free
+memory or the number of workers: the micro-batch is part of what makes bytes equal (design 2, 4.6).
+"""
+
+from __future__ import annotations
+
+# Tokens per micro-batch in bfloat16 that keep the activations of an inference pass well inside an 8 GB
+# card. On CPU small batches are as fast as large ones (they stay in cache), so the budget is small.
+_CUDA_TOKENS = {"vitt": 131_072, "vits": 65_536, "vitb": 32_768, "vitl": 16_384, "vith": 8_192, "vit7": 2_048}
+_CPU_TOKENS = 2_048
+
+
+def default_token_budget(variant: str, device: str, precision: str) -> int:
+    """Tokens per micro-batch for a variant (`vits16`), device (`cpu`, `cuda`) and precision."""
+    if device == "cpu":
+        return _CPU_TOKENS
+    tokens = _CUDA_TOKENS.get(variant[:4], 4_096)
+    return tokens // 2 if precision == "float32" else tokens
+
+
+def micro_batch(token_budget: int, tokens_per_image: int) -> int:
+    """Images of `tokens_per_image` tokens in one micro-batch: at least one."""
+    return max(1, token_budget // tokens_per_image)
+
+
+def padded_batch(count: int, largest: int) -> int:
+    """The batch size that `count` images are computed at: the next power of two, at most `largest`.
+
+    Padding to a short ladder of sizes keeps the numerics of a group a function of the plan and costs at most
+    half a batch; padding always to `largest` would cost a folder of odd shapes many times its work.
+    """
+    size = 1
+    while size < count:
+        size *= 2
+    return min(size, largest)

@@ -1,0 +1,175 @@
+"""Listing -> checked, digested, de-duplicated items on a local spool -> plan. Memory stays bounded.
+
+Two passes: the first streams the listing to a spool on local disk and takes the digest of all inputs, the
+ids that occur twice, and the sample that fixes the scaling; the second writes the units. Per item only 8
+bytes (a hash of its id) and the sample stay in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import tempfile
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from dinoray.errors import BadRequest, ChangedRequest
+from dinoray.io.items import Item
+from dinoray.units import ITEM_SCHEMA, Plan, PlanWriter, item_digest, item_row, items_of
+
+SPOOL_SCHEMA = ITEM_SCHEMA.append(pa.field("digest", pa.binary(16)))
+SPOOL_ROWS = 16_384
+
+
+def id_hash(item_id: str) -> int:
+    """64 bits of an item id: what duplicates are looked for by, and what a sample is drawn by."""
+    return int.from_bytes(hashlib.blake2b(item_id.encode(), digest_size=8).digest(), "little")
+
+
+@dataclass
+class Spool:
+    """The listing on local disk. Close it (or use `with`) to remove the file.
+
+    `input_digest` is over (uri, size, version, id, metadata) of every input in listing order.
+    """
+
+    num_items: int = 0
+    num_bytes: int = 0
+    input_digest: str = ""
+    metadata_columns: tuple[str, ...] = ()
+    samples: dict[str, list[int]] = field(default_factory=dict)
+    """Row numbers, per scaling group, of the `sample` items with the smallest id hash, in listing order."""
+    duplicates: frozenset[str] = frozenset()
+    _file: Any = None
+
+    def __enter__(self) -> Spool:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._file.close()
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """The rows, in listing order, with `problem` filled for ids that occur more than once."""
+        self._file.seek(0)
+        with pa.ipc.open_stream(self._file) as reader:
+            for batch in reader:
+                yield batch
+
+    def rows(self) -> Iterator[tuple[dict[str, Any], bytes]]:
+        """(row of ITEM_SCHEMA, digest) of every item."""
+        for batch in self.batches():
+            for row in batch.to_pylist():
+                digest = row.pop("digest")
+                if row["item_id"] in self.duplicates:
+                    row["problem"] = "duplicate_id"
+                yield row, digest
+
+    def sampled(self) -> Iterator[tuple[dict[str, Any], bytes]]:
+        """The rows of `samples`, sorted by group, in listing order within a group."""
+        wanted = np.sort(np.fromiter((n for ns in self.samples.values() for n in ns), dtype=np.int64))
+        start, parts = 0, [SPOOL_SCHEMA.empty_table()]
+        for batch in self.batches():
+            low, high = np.searchsorted(wanted, [start, start + batch.num_rows])
+            if high > low:
+                parts.append(pa.Table.from_batches([batch.take(pa.array(wanted[low:high] - start))]))
+            start += batch.num_rows
+        table = pa.concat_tables(parts)
+        table = table.append_column("row", pa.array(wanted)).sort_by([("group", "ascending"), ("row", "ascending")])
+        for batch in table.drop_columns(["row"]).to_batches(max_chunksize=SPOOL_ROWS):
+            for row in batch.to_pylist():
+                digest = row.pop("digest")
+                if row["item_id"] not in self.duplicates:
+                    yield row, digest
+
+
+def spool_items(items: Iterable[Item], *, sample: int = 0) -> Spool:
+    """Stream a listing to disk (pass one). `sample`: items per scaling group to remember, 0 for none.
+
+    Raises BadRequest when there is no item.
+    """
+    spool = Spool(_file=tempfile.TemporaryFile(prefix="dinoray-plan-"))
+    hasher = hashlib.sha256()
+    hashes = array("Q")
+    columns: dict[str, None] = {}
+    heaps: dict[str, list[tuple[int, int]]] = {}
+    rows: list[dict[str, Any]] = []
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with pa.ipc.new_stream(spool._file, SPOOL_SCHEMA, options=options) as writer:
+        for number, item in enumerate(items):
+            digest = item_digest(item)
+            hasher.update(digest)
+            key = id_hash(item.item_id)
+            hashes.append(key)
+            columns.update(dict.fromkeys(item.metadata))
+            if sample and item.problem is None:
+                heap = heaps.setdefault(item.group, [])
+                (heapq.heappush if len(heap) < sample else heapq.heappushpop)(heap, (-key, number))
+            rows.append({**item_row(item), "digest": digest})
+            spool.num_bytes += item.num_bytes
+            if len(rows) == SPOOL_ROWS:
+                writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=SPOOL_SCHEMA))
+                rows.clear()
+        if rows:
+            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=SPOOL_SCHEMA))
+    spool.num_items = len(hashes)
+    if not spool.num_items:
+        spool._file.close()
+        raise BadRequest("no image was found in the sources",
+                         todo="check the path, the file extensions, and --where/--limit")
+    spool.input_digest = hasher.hexdigest()
+    spool.metadata_columns = tuple(sorted(columns))
+    spool.samples = {group: sorted(number for _, number in heap) for group, heap in heaps.items()}
+    spool.duplicates = _duplicates(spool, np.frombuffer(hashes, dtype=np.uint64))
+    return spool
+
+
+def _duplicates(spool: Spool, hashes: np.ndarray) -> frozenset[str]:
+    """Ids that occur more than once. Equal hashes only nominate; the ids themselves decide."""
+    ordered = np.sort(hashes)
+    candidates = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    if not len(candidates):
+        return frozenset()
+    counts: Counter[str] = Counter()
+    start = 0
+    for batch in spool.batches():
+        hits = np.flatnonzero(np.isin(hashes[start:start + batch.num_rows], candidates))
+        counts.update(batch.column("item_id").take(pa.array(hits)).to_pylist())
+        start += batch.num_rows
+    return frozenset(item_id for item_id, count in counts.items() if count > 1)
+
+
+def write_plan(spool: Spool, writer: PlanWriter, **facts: Any) -> None:
+    """Pass two: the spool's items into units, sealed with the digest of the inputs and `facts`."""
+    for row, digest in spool.rows():
+        writer.add(row, digest)
+    writer.seal(input_digest=spool.input_digest, num_items=spool.num_items, num_bytes=spool.num_bytes,
+                metadata_columns=list(spool.metadata_columns), **facts)
+
+
+def check_same_inputs(plan: Plan, spool: Spool) -> None:
+    """Compare a new listing with the plan by one digest. Raises ChangedRequest naming what differs."""
+    if spool.input_digest == plan.facts["input_digest"]:
+        return
+    planned = {item.item_id: item for unit in plan.units() for item in unit.items}
+    added, changed, listed = [], [], set()
+    for batch in spool.batches():
+        for item in items_of(batch.drop_columns(["digest"])):
+            listed.add(item.item_id)
+            old = planned.get(item.item_id)
+            if old is None:
+                added.append(item.item_id)
+            elif item_digest(old) != item_digest(item):
+                changed.append(item.item_id)
+    removed = [item_id for item_id in planned if item_id not in listed]
+    parts = [f"{len(ids)} {verb} (e.g. {ids[0]})"
+             for verb, ids in (("added", added), ("removed", removed), ("changed", changed)) if ids]
+    raise ChangedRequest(
+        "the inputs are not those this output was planned for: " + ("; ".join(parts) or "another order or root"),
+        where=f"{plan.store.url}", todo="use another --out for the new inputs, or restore the old ones to resume")

@@ -1,0 +1,180 @@
+"""What every runner shares: the lease over consecutive units, and reading ahead of the work.
+
+A runner holds what is expensive (a model) once; a lease is a generator over unit numbers that yields one
+receipt per unit. For each unit: a receipt is there -> yield it; else mark the attempt, work, commit. While
+unit j computes, the items of j and j+1 are read and decoded by threads, bounded by count and bytes, and the
+objects of j-1 are encoded and stored by a writer thread.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Protocol
+
+from dinoray.errors import ItemError
+from dinoray.io.items import Item
+from dinoray.ledger import Ledger, Receipt, StoredObject
+from dinoray.memory.meter import rss_peak
+from dinoray.units import Plan, Unit
+
+READ_AHEAD_PER_THREAD = 2
+"""Items decoded ahead, per decode thread."""
+DECODED_PER_FILE_BYTE = 4
+"""Decoded bytes guessed per byte of file (compression, 8-bit PNG) when bounding what is held ahead."""
+
+
+class Runner(Protocol):
+    """What a pool runs: anything with `lease` and `close`."""
+
+    def lease(self, numbers: Sequence[int]) -> Iterator[Receipt]: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class Loaded:
+    """One item after the decode threads: `value`, or the ItemError that quarantines it."""
+
+    unit: Unit
+    item: Item
+    value: Any = None
+    error: ItemError | None = None
+
+
+@dataclass
+class _Start:
+    """Marks the beginning of a unit in the stream: its finished receipt, or the number of this attempt."""
+
+    unit: Unit
+    receipt: Receipt | None
+    attempt: int = 0
+
+
+Finish = Callable[[], None]
+"""The last part of a unit's work: store what is left and complete the receipt (writer thread)."""
+
+
+class UnitRunner:
+    """Base of the runners. A subclass gives `load` (in decode threads) and `process` (one unit)."""
+
+    def __init__(self, plan: Plan, ledger: Ledger, *, decode_threads: int, prefetch_bytes: int):
+        self.plan, self.ledger = plan, ledger
+        self.decode_threads, self.prefetch_bytes = decode_threads, prefetch_bytes
+        self._pool = ThreadPoolExecutor(decode_threads, thread_name_prefix="decode")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="commit")
+        self._putter = ThreadPoolExecutor(2, thread_name_prefix="put")
+
+    def load(self, item: Item) -> Any:
+        """Read, decode and prepare one item (decode threads). Raises ItemError to quarantine it."""
+        raise NotImplementedError(type(self).__name__)
+
+    def process(self, unit: Unit, loaded: Iterable[Loaded], receipt: Receipt) -> Finish:
+        """Do the unit's work on its items in plan order; the returned function stores and fills the receipt."""
+        raise NotImplementedError(type(self).__name__)
+
+    def close(self) -> None:
+        """Stop the threads; the runner is unusable afterwards."""
+        for pool in (self._pool, self._putter, self._writer):
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def put_later(self, key: str, data: bytes | memoryview) -> Future[StoredObject]:
+        """Store an object of the unit in the background."""
+        return self._putter.submit(self.ledger.put_object, key, data)
+
+    def lease(self, numbers: Sequence[int]) -> Iterator[Receipt]:
+        """Do these units in order; yields the receipt of each, also of those that were done already."""
+        stream = _read_ahead(self._work(numbers), self._submit, count=READ_AHEAD_PER_THREAD * self.decode_threads,
+                             max_bytes=self.prefetch_bytes)
+        storing: Future[Receipt] | None = None
+        for _, entries in groupby(stream, key=lambda entry: entry.unit.number):
+            start = next(entries)
+            next_one = None if start.receipt is not None else self._run(start, entries)
+            if storing is not None:
+                yield storing.result()
+            if start.receipt is not None:
+                yield start.receipt
+            storing = next_one
+        if storing is not None:
+            yield storing.result()
+
+    def _work(self, numbers: Sequence[int]) -> Iterator[_Start | tuple[Unit, Item]]:
+        for number in numbers:
+            unit = self.plan.unit(number)
+            receipt = self.ledger.receipt(unit.id)
+            if receipt is not None:
+                yield _Start(unit, receipt)
+                continue
+            yield _Start(unit, None, self.ledger.begin(unit.id))
+            for item in unit.items:
+                yield unit, item
+
+    def _submit(self, work: tuple[Unit, Item]) -> Future[Loaded]:
+        return self._pool.submit(self._load, *work)
+
+    def _load(self, unit: Unit, item: Item) -> Loaded:
+        try:
+            return Loaded(unit, item, value=self.load(item))
+        except ItemError as error:
+            return Loaded(unit, item, error=error)
+
+    def _run(self, start: _Start, entries: Iterator[Loaded]) -> Future[Receipt]:
+        began = time.monotonic()
+        unit = start.unit
+        receipt = Receipt(unit=unit.id, number=unit.number, fingerprint=self.plan.facts["fingerprint"],
+                          plate=unit.plate, items=len(unit.items), attempt=start.attempt,
+                          worker={"host": socket.gethostname(), "pid": os.getpid()})
+        finish = self.process(unit, entries, receipt)
+        return self._writer.submit(self._commit, finish, receipt, began)
+
+    def _commit(self, finish: Finish, receipt: Receipt, began: float) -> Receipt:
+        finish()
+        receipt.seconds["wall"] = time.monotonic() - began
+        receipt.seconds = {stage: round(value, 4) for stage, value in receipt.seconds.items()}
+        receipt.memory.setdefault("rss_peak", rss_peak())
+        return self.ledger.commit(receipt)
+
+
+def _read_ahead(work: Iterator[_Start | tuple[Unit, Item]], submit: Callable[[tuple[Unit, Item]], Future[Loaded]],
+                *, count: int, max_bytes: int) -> Iterator[_Start | Loaded]:
+    """Yield the entries in order, with items loaded by `submit` ahead of the reader.
+
+    At most `count` items and (guessed) `max_bytes` are ahead, but always one. Whoever stops reading early
+    leaves nothing running but what was submitted.
+    """
+    ahead: deque[tuple[_Start | Future[Loaded], int]] = deque()
+    held = items = 0
+    exhausted = False
+    try:
+        while True:
+            while not exhausted and (not ahead or (items < count and held < max_bytes)):
+                try:
+                    entry = next(work)
+                except StopIteration:
+                    exhausted = True
+                    break
+                if isinstance(entry, _Start):
+                    ahead.append((entry, 0))
+                    if not items and entry.receipt is not None:
+                        break  # a finished unit is reported at once, not after the next ones were read
+                    continue
+                cost = max(1, entry[1].num_bytes * DECODED_PER_FILE_BYTE)
+                ahead.append((submit(entry), cost))
+                held += cost
+                items += 1
+            if not ahead:
+                return
+            entry, cost = ahead.popleft()
+            held -= cost
+            items -= bool(cost)
+            yield entry if isinstance(entry, _Start) else entry.result()
+    finally:
+        for entry, _ in ahead:
+            if isinstance(entry, Future):
+                entry.cancel()

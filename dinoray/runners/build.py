@@ -1,0 +1,97 @@
+"""RunnerSpec: what an actor needs to build its runner, small enough to travel as an argument.
+
+Weights are never shipped: the actor loads them from a path or store and checks the digest.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from dinoray.config import ExtractImagesJob
+from dinoray.errors import BadRequest, WeightsError
+from dinoray.io.images import Limits
+from dinoray.io.stores import LocalStore, open_store, safe_join
+from dinoray.ledger import Ledger
+from dinoray.runners.base import Runner
+from dinoray.units import Plan
+
+
+@dataclass(frozen=True)
+class RunnerSpec:
+    """`kind` is `image-features`, `statistics` or `null` (reads nothing, writes a receipt: for benchmarks)."""
+
+    kind: str
+    out: str
+    prefix: str = "_dinoray"
+    job: dict[str, Any] = field(default_factory=dict)
+    weights: str | None = None
+    """`random:SEED`, or the staged folder's URL."""
+    digest: str = ""
+    decode_threads: int = 2
+    compute_threads: int = 1
+
+
+def build_runner(spec: RunnerSpec, backbone: Any = None) -> Runner:
+    """Build a runner in this process. `backbone` saves loading where the caller holds it already."""
+    store = open_store(spec.out)
+    plan, ledger = Plan(store, spec.prefix), Ledger(store, spec.prefix)
+    if spec.kind == "null":
+        from dinoray.runners.null import NullRunner
+
+        return NullRunner(plan, ledger)
+    job = ExtractImagesJob(**spec.job)
+    if spec.kind == "statistics":
+        from dinoray.runners.statistics import StatisticsRunner
+
+        limits = Limits(max_pixels=job.max_pixels, max_bytes=job.max_file_bytes, max_file_bytes=job.max_file_bytes)
+        return StatisticsRunner(plan, ledger, limits=limits, z_projection=job.z_projection,
+                                decode_threads=spec.decode_threads, prefetch_bytes=job.prefetch_bytes)
+    if spec.kind != "image-features":
+        raise BadRequest(f"no runner is called {spec.kind!r}", todo="use image-features, statistics or null")
+    from dinoray.runners.image_features import ImageFeatureRunner
+    from dinoray.runners.statistics import read_scaling
+
+    scaling = None
+    if job.scaling == "plate":
+        scaling = read_scaling(pq.read_table(io.BytesIO(store.get(f"{spec.prefix}/plan/scaling.parquet"))))
+    if backbone is None:
+        backbone = _load(spec, plan.facts["numerics"])
+    return ImageFeatureRunner(job, plan, ledger, backbone, scaling=scaling, decode_threads=spec.decode_threads,
+                              compute_threads=spec.compute_threads)
+
+
+def _load(spec: RunnerSpec, numerics: dict[str, Any]) -> Any:
+    """Load the backbone an actor computes with. Raises WeightsError when its digest is not the plan's."""
+    import torch
+
+    from dinoray.vision.weights import load_backbone
+
+    weights = spec.weights or ""
+    if not weights.startswith("random"):
+        weights = str(_local_copy(weights))
+    backbone = load_backbone(spec.job["model"], weights, dtype=getattr(torch, numerics["precision"]),
+                             device=numerics["device"])
+    if backbone.digest != spec.digest:
+        raise WeightsError(f"the staged weights have digest {backbone.digest[:16]}, the plan has {spec.digest[:16]}",
+                           where=spec.weights or "", todo="delete the staged weights and run again")
+    return backbone
+
+
+def _local_copy(url: str) -> Path:
+    """The staged folder itself when it is local, else a copy in this machine's temporary folder."""
+    store = open_store(url)
+    if isinstance(store, LocalStore):
+        return store.root
+    folder = Path(tempfile.gettempdir()) / f"dinoray-weights-{os.getuid()}" / safe_join(url.rstrip("/").rsplit("/", 1)[1])
+    cache = LocalStore(folder)
+    for key, size in store.list():
+        if not cache.exists(key) or cache.path(key).stat().st_size != size:
+            cache.put(key, store.get(key))
+    return folder

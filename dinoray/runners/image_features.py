@@ -1,0 +1,286 @@
+"""Features of images: one unit of images -> one Parquet file, and one Zarr folder when patch grids are asked for.
+
+Per image, in the decode threads: read, decode, check, choose channels, cut windows, measure quality. Then,
+per unit: crops of equal shape are gathered in plan order into micro-batches, computed (on CPU several at
+once, each on one thread), and the rows are written in plan order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from dinoray.config import ExtractImagesJob
+from dinoray.errors import ItemError
+from dinoray.io.feature_maps import DenseWriter
+from dinoray.io.images import DecodedImage, Limits, load_item
+from dinoray.io.items import Item
+from dinoray.io.stores import safe_join
+from dinoray.io.tables import as_vector_dtype, dense_columns, feature_schema, write_table
+from dinoray.ledger import Ledger, Receipt
+from dinoray.runners.base import Finish, Loaded, UnitRunner
+from dinoray.units import Plan, Unit
+from dinoray.vision import intensity
+from dinoray.vision.backbone import Backbone
+from dinoray.vision.extractor import Crop, Extractor, column_names
+from dinoray.vision.quality import check_pixels, quality
+from dinoray.vision.tiling import windows
+
+
+PUTS_IN_FLIGHT = 3
+"""Dense shards that may wait to be stored, per unit."""
+
+
+@dataclass
+class PreparedRow:
+    """One row before its features: the fixed columns' values and the crop they are computed from."""
+
+    values: dict[str, Any]
+    crop: Crop | None
+
+
+@dataclass
+class Prepared:
+    """One image after the decode threads."""
+
+    rows: list[PreparedRow]
+    read_s: float
+    decode_s: float
+    prepare_s: float
+    num_bytes: int
+
+
+@dataclass
+class _UnitState:
+    """What a unit gathers while its items pass."""
+
+    rows: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    """Item position -> its rows, features filled in as batches finish."""
+    bad: dict[int, ItemError] = field(default_factory=dict)
+    waiting: dict[tuple, list[tuple[int, int, Crop]]] = field(default_factory=dict)
+    running: deque[tuple[list[tuple[int, int, Crop]], Future]] = field(default_factory=deque)
+
+
+class ImageFeatureRunner(UnitRunner):
+    """Unit of images -> receipt. Holds one backbone for the life of the actor."""
+
+    def __init__(self, job: ExtractImagesJob, plan: Plan, ledger: Ledger, backbone: Backbone, *,
+                 scaling: intensity.Scaling | None, decode_threads: int, compute_threads: int):
+        super().__init__(plan, ledger, decode_threads=decode_threads, prefetch_bytes=job.prefetch_bytes)
+        self.job, self.scaling = job, scaling
+        self.limits = Limits(max_pixels=job.max_pixels, max_bytes=job.max_file_bytes, max_file_bytes=job.max_file_bytes)
+        self.numerics = plan.facts["numerics"]
+        self.extractor = Extractor(backbone, features=job.features, layers=job.layers,
+                                   token_budget=self.numerics["token_budget"],
+                                   resize_px=job.resize_px if job.size == "resize" else None)
+        self.on_cuda = self.extractor.device.type == "cuda"
+        self.compute_threads = 1 if self.on_cuda else compute_threads
+        self._threads_before = torch.get_num_threads()
+        if not self.on_cuda:
+            torch.set_num_threads(1)  # parallel over batches instead: see dinoray.vision.extractor
+        self._compute = ThreadPoolExecutor(self.compute_threads, thread_name_prefix="compute")
+        self.columns = column_names(job.features, job.layers)
+        self.vector_columns = [name for name, feature, _ in self.columns if feature != "patches"]
+        self.dense_columns = {name: layer for name, feature, layer in self.columns if feature == "patches"}
+        self.schema = feature_schema(
+            vectors=dict.fromkeys(self.vector_columns, backbone.config.dim), vector_dtype=job.vector_dtype,
+            dense=list(self.dense_columns), metadata_columns=plan.facts["metadata_columns"],
+            facts=plan.facts["described"])
+
+    def close(self) -> None:
+        super().close()
+        self._compute.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(self._threads_before)
+
+    # ---------------------------------------------------------------- decode threads
+
+    def load(self, item: Item) -> Prepared:
+        loaded = load_item(item, self.limits, z_projection=self.job.z_projection)
+        began = time.monotonic()
+        rows = self._rows(item, loaded.image)
+        return Prepared(rows, loaded.read_s, loaded.decode_s, time.monotonic() - began, loaded.num_bytes)
+
+    def _rows(self, item: Item, image: DecodedImage) -> list[PreparedRow]:
+        job, pixels = self.job, image.pixels
+        height, width = pixels.shape[1:]
+        boxes = windows(height, width, size=job.size, tile_px=job.tile_px,
+                        patch=self.extractor.backbone.config.patch_size)
+        check_pixels(pixels)
+        names = image.channel_names or intensity.default_names(len(pixels), image.is_rgb8)
+        pixel_size = image.pixel_size_um or job.pixel_size_um
+        percents = (job.scaling_low_percent, job.scaling_high_percent)
+        rows = []
+        for channel in intensity.channel_rows(job.channels, names, image.is_rgb8):
+            chosen = pixels[list(channel.indices)]
+            low, high = intensity.limits(pixels, names, channel, rule=job.scaling, group=item.group,
+                                         table=self.scaling, percents=percents)
+            seen = chosen
+            if job.contrast == "clahe":
+                tile = intensity.clahe_tile(job.clahe_tile_px, job.clahe_tile_um, pixel_size)
+                seen = np.stack([intensity.clahe(intensity.scale(plane, a, b), tile=tile, clip=job.clahe_clip)
+                                 for plane, a, b in zip(chosen, low, high, strict=True)])
+                low, high = np.zeros_like(low), np.ones_like(high)
+            for box in boxes:
+                part = np.s_[:, box.y0:box.y1, box.x0:box.x1]
+                values = {"item_id": item.item_id, "uri": item.files[0].uri if len(item.files) == 1 or
+                          channel.mode != "repeat" else item.files[channel.indices[0]].uri,
+                          "channel": channel.name, "tile": box.tile, "y0": box.y0, "x0": box.x0, "y1": box.y1,
+                          "x1": box.x1, "height": height, "width": width, "pixel_size_um": pixel_size,
+                          **quality(chosen[part]), **{k: item.metadata.get(k) for k in self._metadata_columns}}
+                rows.append(PreparedRow(values, Crop(_for_torch(seen[part]), low, high, channel.mode)))
+        return rows
+
+    @property
+    def _metadata_columns(self) -> list[str]:
+        return self.plan.facts["metadata_columns"]
+
+    # ---------------------------------------------------------------- one unit
+
+    def process(self, unit: Unit, loaded: Iterable[Loaded], receipt: Receipt) -> Finish:
+        state = _UnitState()
+        oom_before = self.extractor.oom_events
+        seconds = dict.fromkeys(("read", "decode", "prepare", "wait_decode", "compute", "wait_compute", "wait_write", "write"), 0.0)
+        receipt.seconds = seconds
+        part = f"dense/{_folder(unit.plate)}part-{unit.id}.zarr"
+        puts: list[Future] = []
+
+        def put(key: str, data: bytes | memoryview) -> None:
+            began = time.monotonic()
+            if len(puts) >= PUTS_IN_FLIGHT:  # bounds the shards held in memory
+                puts[-PUTS_IN_FLIGHT].result()
+            puts.append(self.put_later(key, data))
+            seconds["wait_write"] += time.monotonic() - began
+
+        dense = DenseWriter(part, put, dtype=self.job.dense_dtype, attributes={"dinoray": self.plan.facts["described"]})
+        entries = iter(loaded)
+        for position in range(len(unit.items)):
+            began = time.monotonic()
+            entry = next(entries)
+            seconds["wait_decode"] += time.monotonic() - began
+            if entry.error is not None:
+                state.bad[position] = entry.error
+                continue
+            prepared: Prepared = entry.value
+            for stage in ("read", "decode", "prepare"):
+                seconds[stage] += getattr(prepared, f"{stage}_s")
+            receipt.bytes_read += prepared.num_bytes
+            state.rows[position] = [row.values for row in prepared.rows]
+            for number, row in enumerate(prepared.rows):
+                self._gather(state, position, number, row.crop, dense, part, seconds)
+                row.crop = None
+        for key in list(state.waiting):
+            self._launch(state, key, seconds)
+        while state.running:
+            self._collect(state, dense, part, seconds)
+        receipt.numerics = self._used_numerics(degraded=self.extractor.oom_events > oom_before)
+        if self.on_cuda:
+            receipt.memory["device_peak"] = torch.cuda.max_memory_allocated()
+
+        def finish() -> None:
+            began = time.monotonic()
+            dense.close()
+            self._finish(unit, state, put, receipt)
+            receipt.objects[:0] = [future.result() for future in puts]
+            seconds["write"] = time.monotonic() - began
+
+        return finish
+
+    def _gather(self, state: _UnitState, position: int, number: int, crop: Crop, dense: DenseWriter, part: str,
+                seconds: dict[str, float]) -> None:
+        group = state.waiting.setdefault(crop.key, [])
+        group.append((position, number, crop))
+        if len(group) == self.extractor.micro_batch(*crop.pixels.shape[1:]):
+            while len(state.running) > self.compute_threads:  # one batch ready behind each running one
+                self._collect(state, dense, part, seconds)
+            self._launch(state, crop.key, seconds)
+
+    def _launch(self, state: _UnitState, key: tuple, seconds: dict[str, float]) -> None:
+        group = state.waiting.pop(key)
+        state.running.append((group, self._compute.submit(self._timed_extract, [crop for _, _, crop in group])))
+
+    def _timed_extract(self, crops: list[Crop]) -> tuple[dict[str, np.ndarray] | ItemError, float]:
+        began = time.monotonic()
+        try:
+            return self.extractor.extract(crops), time.monotonic() - began
+        except ItemError as error:  # one crop is too large for the device: its image is at fault, not the run
+            return error, time.monotonic() - began
+
+    def _collect(self, state: _UnitState, dense: DenseWriter, part: str, seconds: dict[str, float]) -> None:
+        """Take the oldest batch's features into its rows; batches end in the order they began."""
+        group, future = state.running.popleft()
+        began = time.monotonic()
+        result, compute_s = future.result()
+        seconds["wait_compute"] += time.monotonic() - began
+        seconds["compute"] += compute_s
+        for i, (position, number, _) in enumerate(group):
+            if isinstance(result, ItemError):
+                state.bad[position] = result
+            if position in state.bad:
+                continue
+            row = state.rows[position][number]
+            try:
+                for name in self.vector_columns:
+                    row[name] = as_vector_dtype(result[name][i], self.job.vector_dtype)
+                for name, layer in self.dense_columns.items():
+                    array, index = dense.add(as_vector_dtype(result[name][i], self.job.dense_dtype), layer)
+                    column, index_column = dense_columns(name)
+                    row[column], row[index_column] = f"{part}/{array}", index
+            except ItemError as error:
+                state.bad[position] = error
+
+    def _finish(self, unit: Unit, state: _UnitState, put: Any, receipt: Receipt) -> None:
+        good = [position for position in sorted(state.rows) if position not in state.bad]
+        rows = [row for position in good for row in state.rows[position]]
+        if rows:
+            columns = {f.name: ([row[f.name] for row in rows] if not pa.types.is_fixed_size_list(f.type)
+                                else np.stack([row[f.name] for row in rows])) for f in self.schema}
+            put(f"features/{_folder(unit.plate)}part-{unit.id}.parquet", write_table(columns, self.schema))
+        receipt.rows, receipt.row_items = len(rows), len(good)
+        receipt.quarantined = len(state.bad)
+        if state.bad:
+            table = []
+            for position in sorted(state.bad):
+                item, error = unit.items[position], state.bad[position]
+                receipt.reasons[error.reason] = receipt.reasons.get(error.reason, 0) + 1
+                table.append({"item_id": item.item_id, "uri": item.files[0].uri if item.files else "",
+                              "reason": error.reason, "message": str(error)})
+            receipt.objects.append(self.ledger.put_quarantine(unit.id, table))
+
+    def _used_numerics(self, *, degraded: bool) -> dict[str, Any]:
+        used = device_kind(self.extractor.device)
+        return {"device_kind": used, "precision": self.numerics["precision"],
+                "token_budget": self.numerics["token_budget"],
+                "degraded": degraded or self.numerics["device_kind"] not in (used, "cuda")}
+
+
+def device_kind(device: torch.device) -> str:
+    """What must be equal for bytes to be equal: the CPU's instruction set, or the GPU's name."""
+    if device.type == "cuda":
+        return f"cuda {torch.cuda.get_device_name(device)}"
+    return f"cpu {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _folder(plate: str | None) -> str:
+    """The plain, percent-encoded folder of a plate, with a slash, or nothing. `.` and `..` are encoded too."""
+    if not plate:
+        return ""
+    name = quote(plate, safe="")
+    return safe_join(name if name.strip(".") else name.replace(".", "%2E")) + "/"
+
+
+def _for_torch(pixels: np.ndarray) -> np.ndarray:
+    """Contiguous pixels in a dtype that torch takes and float32 loses nothing that scaling needs."""
+    if pixels.dtype in (np.uint8, np.uint16, np.float32):
+        return np.ascontiguousarray(pixels)
+    return np.ascontiguousarray(pixels.astype(np.float32))
+
+

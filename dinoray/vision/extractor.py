@@ -1,0 +1,127 @@
+"""Batches of raw crops -> features: scaling on the device, padding, precision, OOM back-off.
+
+Same bytes: for one batch of crops the result depends on the crops, the weights, precision and library
+versions only. Batches are padded to a ladder of sizes (dinoray.memory.budget). On CPU every forward runs on
+one thread (several at once), because the number of threads inside an operator can change the last bit.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from dinoray.errors import ItemError
+from dinoray.memory.budget import micro_batch, padded_batch
+from dinoray.vision.backbone import Backbone
+
+
+@dataclass(frozen=True)
+class Crop:
+    """Raw pixels [C, h, w] of one row in the file's dtype, with `low`, `high` float32 [C]; see ChannelRow.mode."""
+
+    pixels: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    mode: str
+
+    @property
+    def key(self) -> tuple:
+        """Crops with equal keys may share a batch."""
+        return (self.mode, self.pixels.shape, self.pixels.dtype.str)
+
+
+def column_names(features: Sequence[str], layers: Sequence[int] | None) -> list[tuple[str, str, int | None]]:
+    """(column, feature, layer) for every vector or map: `cls`, or `cls_l05` where layers were asked for."""
+    if layers is None:
+        return [(feature, feature, None) for feature in features]
+    return [(f"{feature}_l{layer:02d}", feature, layer) for layer in layers for feature in features]
+
+
+class Extractor:
+    """Holds one backbone; `extract` may be called from several threads at once."""
+
+    def __init__(self, backbone: Backbone, *, features: Sequence[str], layers: Sequence[int] | None,
+                 token_budget: int, resize_px: int | None = None):
+        self.backbone, self.features, self.layers = backbone, tuple(features), layers
+        self.token_budget, self.resize_px = token_budget, resize_px
+        self.device = next(backbone.parameters()).device
+        self.dtype = next(backbone.parameters()).dtype
+        self.mean = torch.tensor(backbone.config.mean, device=self.device).view(1, 3, 1, 1)
+        self.std = torch.tensor(backbone.config.std, device=self.device).view(1, 3, 1, 1)
+        self._lock = threading.Lock()
+        self._safe: dict[tuple, int] = {}
+        self.oom_events = 0
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Patch grid (h, w) of a crop of `height` x `width` source pixels."""
+        p = self.backbone.config.patch_size
+        return (self.resize_px // p,) * 2 if self.resize_px else (height // p, width // p)
+
+    def micro_batch(self, height: int, width: int) -> int:
+        """Crops of this size per batch, from the token budget alone."""
+        h, w = self.grid(height, width)
+        return micro_batch(self.token_budget, h * w + 1 + self.backbone.config.num_registers)
+
+    def extract(self, crops: Sequence[Crop]) -> dict[str, np.ndarray]:
+        """Features of crops with equal keys: vectors [n, D] and maps [n, h, w, D] by column name, float32.
+
+        After an out-of-memory error of the device the batch is halved and replayed, and the smaller size is
+        kept for this shape. Raises ItemError `device_memory` when even one crop does not fit.
+        """
+        key = crops[0].key
+        start, parts = 0, []
+        while start < len(crops):
+            size = min(self._safe.get(key, len(crops)), len(crops) - start)
+            part = self._try(crops[start:start + size])
+            if part is None:  # outside of any except frame: the failed batch's tensors are gone by now
+                self._back_off(key, size, crops[start])
+                continue
+            parts.append(part)
+            start += size
+        return parts[0] if len(parts) == 1 else {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+
+    def _back_off(self, key: tuple, size: int, crop: Crop) -> None:
+        with self._lock:
+            self.oom_events += 1
+            self._safe[key] = max(1, size // 2)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if size == 1:
+            raise ItemError("device_memory", f"one crop of {crop.pixels.shape[1:]} px does not fit the device",
+                            todo="use size=tiles, or a device with more memory")
+
+    def _try(self, crops: Sequence[Crop]) -> dict[str, np.ndarray] | None:
+        try:
+            return self._forward(crops)
+        except torch.OutOfMemoryError:
+            return None
+
+    @torch.inference_mode()
+    def _forward(self, crops: Sequence[Crop]) -> dict[str, np.ndarray]:
+        n = len(crops)
+        height, width = crops[0].pixels.shape[1:]
+        batch = padded_batch(n, max(n, self.micro_batch(height, width)))
+        padded = [*crops, *[crops[-1]] * (batch - n)]
+        raw = torch.from_numpy(np.stack([c.pixels for c in padded])).to(self.device)
+        low = torch.from_numpy(np.stack([c.low for c in padded])).to(self.device)[:, :, None, None]
+        high = torch.from_numpy(np.stack([c.high for c in padded])).to(self.device)[:, :, None, None]
+        x = ((raw.to(torch.float32) - low) / (high - low)).clamp_(0.0, 1.0)
+        if crops[0].mode == "mean":
+            x = x.mean(dim=1, keepdim=True)
+        if self.resize_px:  # as the reference processor: after scaling, bilinear with antialias
+            x = F.interpolate(x, size=(self.resize_px,) * 2, mode="bilinear", antialias=True, align_corners=False)
+        x = ((x - self.mean) / self.std).to(self.dtype)
+        tokens = self.backbone(x, layers=self.layers)
+        found = {None: tokens} if self.layers is None else tokens.layers
+        result = {}
+        for column, feature, layer in column_names(self.features, self.layers):
+            t = found[layer]
+            value = {"cls": lambda t=t: t.cls, "patch_mean": lambda t=t: t.patches.float().mean(dim=(1, 2)),
+                     "patches": lambda t=t: t.patches}[feature]()
+            result[column] = value[:n].float().cpu().numpy()
+        return result
