@@ -41,3 +41,14 @@ def pictures(tmp_path: Path) -> Path:
         tifffile.imwrite(folder / "b" / f"multi{i}.tif", texture((4, 64, 64), 20 + i, "uint16"),
                          photometric="minisblack", metadata={"axes": "CYX"}, ome=False)
     return folder
+
+
+@pytest.fixture(scope="session")
+def local_ray():
+    """One local Ray of two CPUs for all tests that run jobs in this process."""
+    import ray
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20,
+             _node_ip_address="127.0.0.1", log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()

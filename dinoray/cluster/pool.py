@@ -16,6 +16,7 @@ from typing import Any
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
+from ray.data._internal.logging import configure_logging
 
 from dinoray.cluster.resources import ActorShape, connect
 from dinoray.errors import DinorayError, NoProgress, SystemicError
@@ -92,7 +93,7 @@ def _round(spec: RunnerSpec, pending: list[int], seen: set[str], on_receipt: Cal
                 trouble = f"no receipt for {stall_timeout_s:.0f} s"
                 logger.warning("%s: starting a new round", trouble)
                 ray.shutdown()  # ends the actors of this driver; connect() starts anew
-                connect(shape)
+                connect()
                 return trouble
             if row is None:
                 return trouble
@@ -119,6 +120,7 @@ def _execute(spec: RunnerSpec, pending: list[int], shape: ActorShape, rows: queu
     try:
         context = DataContext.get_current().copy()
         context.enable_progress_bars = False
+        context.print_on_execution_start = False
         context.execution_options.verbose_progress = False
         context.execution_no_progress_timeout_s = -1  # waiting for nodes counts there; the caller watches instead
         context.max_consecutive_actor_init_deaths = 3
@@ -129,6 +131,7 @@ def _execute(spec: RunnerSpec, pending: list[int], shape: ActorShape, rows: queu
             dataset = dataset.map_batches(LeaseActor, fn_constructor_args=(spec,), batch_size=1,
                                           compute=strategy(shape, len(texts)), num_cpus=shape.num_cpus,
                                           num_gpus=shape.num_gpus)
+            quiet_console()
             for row in dataset.iter_rows():
                 if stop.is_set():
                     return
@@ -136,6 +139,15 @@ def _execute(spec: RunnerSpec, pending: list[int], shape: ActorShape, rows: queu
         rows.put(None)
     except Exception as error:  # handed to the caller's thread, which logs or raises it
         rows.put(error)
+
+
+def quiet_console() -> None:
+    """Keep Ray Data's notes off the console (they stay in its log files): progress is told from receipts."""
+    configure_logging()
+    for name in ("ray", "ray.data"):
+        for handler in logging.getLogger(name).handlers:
+            if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+                handler.setLevel(logging.ERROR)
 
 
 def strategy(shape: ActorShape, num_leases: int) -> ActorPoolStrategy:

@@ -26,7 +26,7 @@ class ActorShape:
     num_gpus: int
 
 
-def connect(shape: ActorShape | None = None) -> bool:
+def connect() -> bool:
     """Join the cluster that RAY_ADDRESS or a Ray job names, else start a local one; True when it is local.
 
     Never joins another user's cluster by accident: without RAY_ADDRESS nothing but a local one is used.
@@ -37,6 +37,8 @@ def connect(shape: ActorShape | None = None) -> bool:
     if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"):
         ray.init(address="auto", **settings)
         return False
+    # the C++ side shouts that actors have constructor arguments; ours are a few hundred bytes
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     ray.init(address="local", include_dashboard=False, object_store_memory=LOCAL_OBJECT_STORE_BYTES,
              _node_ip_address="127.0.0.1", **settings)
     return True

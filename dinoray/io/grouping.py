@@ -10,7 +10,7 @@ from hashlib import blake2b
 
 from dinoray.io import plates
 from dinoray.io.items import FileRef, Item
-from dinoray.io.walk import Entry, count
+from dinoray.io.walk import Entry, count, is_image_name
 
 MAX_ID = 1024
 """Characters of an item id."""
@@ -25,7 +25,7 @@ def relative_to(root: str, uri: str) -> str:
 
 
 def group_of(metadata: dict[str, str | None], path: str) -> str:
-    """What intensity scaling is shared over: [source/][batch/]plate where known, else the folder of `path`."""
+    """What intensity scaling is shared over: [source/][batch/]plate where known, else the file's folder."""
     if metadata.get("Metadata_Plate"):
         names = (metadata.get(f"Metadata_{name}") for name in ("Source", "Batch", "Plate"))
         return "/".join(name for name in names if name)
@@ -74,7 +74,7 @@ def make_items(
     """
     explicit = pattern is not None
     if auto:
-        pattern = plates.detect([entry.name for entry in files])
+        pattern = plates.detect([entry.name for entry in files if is_image_name(entry.name)])
     if pattern is None:
         for entry in files:
             yield make_item(relative_to(root, entry.file.uri), (entry.file,), root)
@@ -89,9 +89,9 @@ def make_items(
         parsed = plates.parse(pattern, path)
         if parsed is not None:
             images.setdefault(parsed.key_without_channel, []).append((parsed, entry.file))
-        elif explicit:
-            items.append(make_item(path, (entry.file,), root,
-                                   problem=f"pattern_mismatch: the name does not match {pattern.name}"))
+        else:  # with `auto`: a file of another kind that was named one by one
+            problem = f"pattern_mismatch: the name does not match {pattern.name}" if explicit else None
+            items.append(make_item(path, (entry.file,), root, problem=problem))
     plates_channels: dict[str | None, set[str]] = {}
     metadata = {key: _metadata(files) for key, files in images.items()}
     for key, found in images.items():
@@ -138,4 +138,5 @@ def plate_of_folder(folder: str) -> str | None:
 
 def natural(text: str) -> list[tuple[int, int, str]]:
     """Sort key: ch2 before ch10."""
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", text) if part]
+    parts = (part for part in re.split(r"([0-9]+)", text) if part)
+    return [(0, int(part), "") if part[0] in "0123456789" else (1, 0, part) for part in parts]

@@ -163,7 +163,7 @@ def _place(image: DecodedImage, index: int, pixels, item: Item, limits: Limits) 
 
 def _read(file: FileRef, limits: Limits) -> bytes:
     """The bytes of a file, as the listing saw it."""
-    if file.size < 0:
+    if file.version == "missing":
         raise ItemError("missing", "no such file", where=file.uri)
     if file.size > limits.max_file_bytes:
         raise ItemError("too_large", f"a file of {file.size:,} bytes; the limit is {limits.max_file_bytes:,}",
@@ -174,11 +174,12 @@ def _read(file: FileRef, limits: Limits) -> bytes:
             seen = os.stat(local_path(file.uri))  # after reading: a change while we read is seen too
             changed = (seen.st_size, str(seen.st_mtime_ns)) != (file.size, file.version)
         else:
-            changed = len(data) != file.size and _remote_size(file.uri) != file.size
+            # a size of -1 is one that the store did not tell
+            changed = file.size >= 0 and len(data) != file.size and _remote_size(file.uri) != file.size
     if changed:
         raise ItemError("changed", f"the file is not the one that was listed ({len(data):,} bytes now, "
                         f"{file.size:,} then)", where=file.uri, todo="extend or plan again with the new file")
-    if len(data) != file.size:
+    if 0 <= file.size != len(data):
         raise TransientError(f"only {len(data):,} of {file.size:,} bytes arrived", where=file.uri)
     return data
 

@@ -52,7 +52,8 @@ def manifest_items(uri: str, root: str) -> Iterator[Item]:
         columns = None
         for batch in opener(uri):
             columns = columns or _Columns(batch.schema.names, uri)
-            values = [_strings(column, name, uri) for name, column in zip(batch.schema.names, batch.columns, strict=True)]
+            named = zip(batch.schema.names, batch.columns, strict=True)
+            values = [_strings(column, name, uri) for name, column in named]
             for begin in range(0, batch.num_rows, _ROWS):
                 rows = list(zip(*(value[begin:begin + _ROWS] for value in values), strict=True))
                 wanted = [[_resolve(r[i], folder) for i in columns.files] for r in rows]
@@ -75,8 +76,8 @@ class _Columns:
         per_channel = [i for i, name in enumerate(lower) if name.startswith("uri_") and len(name) > 4]
         if (single is None) == (not per_channel):
             raise BadRequest(
-                "a manifest needs one column of files: uri, path, image or file; or one uri_<channel> for each "
-                f"channel{', not both' if per_channel else ''}", where=uri, todo=found)
+                "a manifest needs one column of files: uri, path, image or file; or one uri_<channel> for "
+                f"each channel{', not both' if per_channel else ''}", where=uri, todo=found)
         self.files = per_channel or [single]
         self.channels = tuple(names[i].strip()[4:] for i in per_channel)
         self.item_id = next((lower.index(name) for name in _ID_COLUMNS if name in lower), None)
@@ -157,7 +158,7 @@ def _open(uri: str) -> Iterator[Any]:
                 yield file
             except pa.ArrowException as error:  # damaged, not UTF-8, rows of differing length
                 raise BadRequest(f"the manifest cannot be read: {error}", where=uri,
-                                 todo="write it again as UTF-8 CSV with a header line, or as Parquet") from error
+                                 todo="write it again: UTF-8 CSV with a header line, or Parquet") from error
 
 
 def _csv_batches(uri: str) -> Iterator[pa.RecordBatch]:
@@ -165,7 +166,8 @@ def _csv_batches(uri: str) -> Iterator[pa.RecordBatch]:
     with _open(uri) as file:  # once for the names, so that no column is taken for numbers ("01" is a site)
         names = pa_csv.open_csv(file, parse_options=parse).schema.names
     with _open(uri) as file:
-        types = pa_csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False)
+        text = dict.fromkeys(names, pa.string())
+        types = pa_csv.ConvertOptions(column_types=text, strings_can_be_null=False)
         yield from pa_csv.open_csv(file, parse_options=parse, convert_options=types)
 
 
@@ -199,9 +201,10 @@ def _refuse_extension_types(file: Any, uri: str) -> None:
         except binascii.Error:
             schema = None
         if value is None or schema is None:
-            raise BadRequest("the manifest's Arrow schema is not understood", where=uri, todo="write it again")
+            raise BadRequest("the manifest's Arrow schema is not understood", where=uri,
+                             todo="write it again")
         if b"ARROW:extension" in schema:
-            raise BadRequest("a manifest with Arrow extension types (such as ray.data tensors or pickled objects)",
+            raise BadRequest("a manifest with Arrow extension types (Ray tensors, pickled objects, ...)",
                              where=uri, todo="keep plain columns only: text, numbers, dates")
         at = footer.find(_SCHEMA_KEY, begin)
 

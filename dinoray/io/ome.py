@@ -15,6 +15,8 @@ from dinoray.io.decoded import Limits, check_limits
 
 _UM = {"µm": 1.0, "μm": 1.0, "um": 1.0, "micron": 1.0, "microns": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4,
        "m": 1e6, "å": 1e-4, "pm": 1e-6}
+_MAX_XML = 2**26
+"""Characters; parsed XML takes some ten times as many bytes."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ def read_planes(xml: str, num_pages: int, uri: str, limits: Limits) -> OmePlanes
     this file's, and left out. Raises ItemError: `truncated` when a page is missing, `stack` for several
     images in one file, `too_large`, `unsupported` (document types), `decode` (damaged XML).
     """
+    if len(xml) > _MAX_XML:
+        raise ItemError("too_large", f"{len(xml):,} characters of OME-XML", where=uri)
     if "<!DOCTYPE" in xml or "<!ENTITY" in xml:
         raise ItemError("unsupported", "OME-XML with a document type (entity expansion)", where=uri)
     try:
@@ -87,7 +91,8 @@ def _blocks(pixels: Any, root: Any, images: list[Any], uri: str) -> list[dict[st
     for block in blocks:
         uuid = next((u for u in block if _tag(u) == "UUID"), None)
         # a single UUID is this file even when the file was renamed
-        if uuid is None or len(uuids) == 1 or uuid.text == own or own is None and uuid.get("FileName") == name:
+        here = uuid is None or len(uuids) == 1 or uuid.text == own
+        if here or own is None and uuid.get("FileName") == name:
             found.append(dict(block.attrib))
     return found
 

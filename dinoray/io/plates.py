@@ -57,8 +57,8 @@ _GUID = r"[0-9A-F]{8}-[0-9A-F]{4}-[0-9A-F]{4}-[0-9A-F]{4}-[0-9A-F]{12}"
 SHIPPED: dict[str, Pattern] = {pattern.name: pattern for pattern in (
     # Opera Phenix / Operetta, Harmony: r01c01f01p01-ch1sk1fk1fl1.tiff (row, column, field, plane, channel,
     # time, flim); older exports end after sk, some after the channel
-    _shipped("phenix", r"r(?P<row>\d{2,})c(?P<col>\d{2,})f(?P<site>\d{2,})p(?P<plane>\d{2,})-(?P<channel>ch\d+)"
-                       r"(?:t(?P<timepoint>\d+))?(?:sk(?P<time>\d+))?(?:fk\d+)?(?:fl\d+)?\.tiff?"),
+    _shipped("phenix", r"r(?P<row>\d{2,})c(?P<col>\d{2,})f(?P<site>\d{2,})p(?P<plane>\d{2,})"
+                       r"-(?P<channel>ch\d+)(?:t(?P<timepoint>\d+))?(?:sk(?P<time>\d+))?(?:fk\d+)?(?:fl\d+)?\.tiff?"),
     # ImageXpress (MetaXpress): [plate_]A01_s1_w1[_z1][GUID].tif; the GUID differs from file to file
     _shipped("imagexpress", r"(?:(?P<plate>[^/]+?)_)?(?P<well>[A-Z]{1,2}\d{2})(?:_s(?P<site>\d+))?"
                             r"(?P<token>_(?P<channel>w\d+))(?:_z(?P<plane>\d+))?(?:_t(?P<time>\d+))?"
@@ -83,14 +83,15 @@ def get_pattern(text: str) -> Pattern:
     """
     if text.lower() in SHIPPED:
         return SHIPPED[text.lower()]
-    todo = f"shipped patterns: {', '.join(SHIPPED)}; else a regex with named groups, at least (?P<channel>...)"
+    todo = f"shipped patterns: {', '.join(SHIPPED)}; else a regex with a named group (?P<channel>...)"
     if "(" not in text:
         raise BadRequest(f"unknown pattern {text!r}", where="pattern", todo=todo)
     try:
         regex = re.compile(text)
         parsed = sre_parse.parse(text)
     except (re.error, RecursionError, OverflowError) as error:
-        raise BadRequest(f"the regex does not compile: {error}", where=f"pattern {text!r}", todo=todo) from error
+        raise BadRequest(f"the regex does not compile: {error}", where=f"pattern {text!r}",
+                         todo=todo) from error
     if "channel" not in regex.groupindex:
         raise BadRequest("the regex has no group `channel`", where=f"pattern {text!r}", todo=todo)
     if _nests_repeats(parsed):
@@ -125,22 +126,25 @@ def parse(pattern: Pattern, path: str) -> ParsedName | None:
     groups = pattern.regex.groupindex
     tokens = [name for name in groups if _CUT.fullmatch(name)] or ["channel"]
     key = name
-    for begin, end in sorted((match.span(token) for token in tokens if match[token] is not None), reverse=True):
+    spans = sorted((match.span(token) for token in tokens if match[token] is not None), reverse=True)
+    for begin, end in spans:
         key = key[:begin] + key[end:]
     return ParsedName(path[:start] + key, match["channel"], _metadata(match))
 
 
 def _metadata(match: re.Match[str]) -> dict[str, str]:
     found: dict[str, str] = {}
-    for name, text in match.groupdict().items():
+    groups = match.groupdict()
+    for name, text in groups.items():
         if text is None or name in ("channel", "row", "col") or _CUT.fullmatch(name):
             continue
-        if name == "well":
+        column = _METADATA.get(name.lower(), name)
+        if column == "Well":
             text = format_well(text)
-        elif text.isdecimal() and name != "plate":
+        elif text.isdecimal() and column != "Plate":
             text = text.lstrip("0") or "0"
-        found["Metadata_" + _METADATA.get(name, name)] = text
-    row, col = (match.groupdict().get(name) for name in ("row", "col"))
+        found["Metadata_" + column] = text
+    row, col = groups.get("row"), groups.get("col")
     if row is not None and col is not None and "Metadata_Well" not in found:
         letters = row_letters(int(row)) if row.isdecimal() else row
         found["Metadata_Well"] = format_well(letters + col)
@@ -170,6 +174,6 @@ def detect(names: list[str]) -> Pattern | None:
     """The shipped pattern that all file names of a folder match (ignored ones aside), or None."""
     for pattern in SHIPPED.values():
         wanted = [name for name in names if not (pattern.ignore and pattern.ignore.fullmatch(name))]
-        if wanted and all(parse(pattern, name) is not None for name in wanted):
+        if wanted and all(len(name) <= MAX_NAME and pattern.regex.fullmatch(name) for name in wanted):
             return pattern
     return None

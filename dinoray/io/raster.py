@@ -53,7 +53,8 @@ def _check_png(data: bytes, uri: str) -> tuple[int, int, int, int]:
         size, kind = struct.unpack_from(">I4s", data, at)
         if at + 12 + size > len(data):
             raise ItemError("truncated", f"the PNG ends within a {kind!r} chunk", where=uri)
-        if zlib.crc32(memoryview(data)[at + 4:at + 8 + size]) != struct.unpack_from(">I", data, at + 8 + size)[0]:
+        checksum = struct.unpack_from(">I", data, at + 8 + size)[0]
+        if zlib.crc32(memoryview(data)[at + 4:at + 8 + size]) != checksum:
             raise ItemError("decode", f"the checksum of a {kind!r} chunk is wrong", where=uri)
         if header is None and kind != b"IHDR" or kind == b"IHDR" and size != 13:
             raise ItemError("decode", "the PNG does not begin with its header", where=uri)
@@ -112,7 +113,8 @@ def decode_other(data: bytes, uri: str, limits: Limits, kind: str) -> DecodedIma
 
 def _decode_pillow(data: bytes, uri: str, limits: Limits, kind: str) -> DecodedImage:
     with _PLUGINS[kind](io.BytesIO(data)) as image:
-        check_limits(uri, limits, height=image.height, width=image.width, samples=4)
+        if kind != "jpeg":
+            check_limits(uri, limits, height=image.height, width=image.width, samples=4)
         if kind != "jpeg" and getattr(image, "n_frames", 1) > 1:
             raise ItemError("stack", f"the {kind.upper()} holds {image.n_frames} frames", where=uri,
                             todo="export the frames as single images")
@@ -126,7 +128,7 @@ def _decode_pillow(data: bytes, uri: str, limits: Limits, kind: str) -> DecodedI
         elif image.mode == "LA":
             image = image.getchannel(0)
         elif image.mode not in ("L", "RGB"):
-            image = image.convert("RGBA").convert("RGB") if image.mode in ("P", "PA") else image.convert("RGB")
+            image = image.convert("RGB")
         pixels = np.asarray(image)
     if pixels.ndim == 2:
         return finish(pixels[None], uri)

@@ -43,7 +43,8 @@ class ItemListing:
     def describe_ignored(self) -> str:
         """For example "12 ignored (10 .txt, 2 .csv)"; empty when nothing was."""
         most = sorted(self.ignored.items(), key=lambda pair: (-pair[1], pair[0]))[:5]
-        return f"{self.num_ignored:,} ignored ({', '.join(f'{n:,} {kind}' for kind, n in most)})" if most else ""
+        kinds = ", ".join(f"{number:,} {kind}" for kind, number in most)
+        return f"{self.num_ignored:,} ignored ({kinds})" if most else ""
 
 
 @dataclass
@@ -104,7 +105,7 @@ def list_items(
     def listed() -> Iterator[Item]:
         for name in sorted(requests):
             folders = requests[name].entries(listing.ignored)
-            if grouping is not None and grouping.whole_path:  # channels of an image may lie in different folders
+            if grouping is not None and grouping.whole_path:  # an image's channels may lie in several folders
                 folders = iter([[entry for files in folders for entry in files]])
             for files in folders:
                 yield from make_items(files, listing.root, grouping, pattern == "auto", listing.ignored)
@@ -120,7 +121,8 @@ def list_items(
     first = next(items, None)
     if first is None:
         what = f"no image{' that matches ' + str(where) if where else ''}"
-        raise BadRequest(f"{what}; {listing.describe_ignored() or 'nothing is there'}", where=", ".join(sources[:5]),
+        raise BadRequest(f"{what}; {listing.describe_ignored() or 'nothing is there'}",
+                         where=", ".join(sources[:5]),
                          todo="images end in .tif .tiff .png .jpg .jpeg .bmp .gif or .webp")
     listing.items = itertools.chain([first], items)
     return listing
@@ -174,7 +176,7 @@ def _common_root(roots: list[str]) -> str:
     if len({protocol for protocol, _ in split}) > 1:
         return ""
     paths = [path.rstrip("/").split("/") for _, path in split]
-    common = [names[0] for names in itertools.takewhile(lambda n: len(set(n)) == 1, zip(*paths, strict=False))]
+    common = os.path.commonprefix(paths)
     protocol = split[0][0]
     if not protocol:
         return "/".join(common) or "/"
@@ -211,4 +213,4 @@ def _filter(items: Iterable[Item], where: dict[str, str]) -> Iterator[Item]:
 def _refuse_keys(wanted: dict[str, str], known: set[str]) -> None:
     unknown = ", ".join(sorted(key.removeprefix("Metadata_") for key in wanted.keys() - known))
     names = ", ".join(sorted(key.removeprefix("Metadata_") for key in known))
-    raise BadRequest(f"unknown key {unknown}", where="where", todo=f"known: {names or 'nothing (no metadata)'}")
+    raise BadRequest(f"unknown key {unknown}", where="where", todo=f"known: {names or 'none'}")

@@ -26,7 +26,8 @@ def classify(error: BaseException) -> str | None:
         status = getattr(each, "status", None)
         if isinstance(response, dict):
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        if isinstance(each, PermissionError) or status in (401, 403) or type(each).__name__ in _NO_CREDENTIALS:
+        denied = isinstance(each, PermissionError) or status in (401, 403)
+        if denied or type(each).__name__ in _NO_CREDENTIALS:
             return "denied"
     if isinstance(error, (OSError, TimeoutError)) or type(error).__module__.partition(".")[0] in _NETWORK:
         return "transient"

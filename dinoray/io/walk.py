@@ -60,8 +60,9 @@ class Matcher:
     def __post_init__(self):
         self._regex = re.compile(glob_translate(self.glob))
         parts = self.glob.split("/")
-        self._parts = [re.compile(glob_translate(p)) for p in parts[:parts.index("**") if "**" in parts else None]]
         self._deep = "**" in parts
+        fixed = parts[:parts.index("**")] if self._deep else parts
+        self._parts = [re.compile(glob_translate(part)) for part in fixed]
         # `*.dat` asks for files that are not named like images; `*` does not
         suffix = os.path.splitext(parts[-1])[1]
         self._any_suffix = bool(suffix) and not has_magic(suffix)
@@ -225,7 +226,7 @@ def walk(
             else:
                 count(ignored, os.path.splitext(entry.name)[1].lower() or "no extension")
         if files:
-            yield folder, [entry if entry.file else replace(entry, file=tree.ref(entry.path)) for entry in files]
+            yield folder, [f if f.file else replace(f, file=tree.ref(f.path)) for f in files]
         pending += reversed(folders)
 
 
