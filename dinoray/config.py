@@ -30,7 +30,7 @@ Job = TypeVar("Job", bound=BaseModel)
 class ExtractImagesJob(BaseModel):
     """Features of a collection of 2D images: `dinoray extract images` and jobs/extract_images.py."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     sources: tuple[str, ...] = Field(min_length=1)
     """Folders, files, globs, fsspec URLs (`s3://...`), or CSV/Parquet manifests."""
@@ -43,7 +43,7 @@ class ExtractImagesJob(BaseModel):
     accept_dinov3_license: bool = False
     """You accept the DINOv3 License: the open timm mirror may then be used where the official one is gated."""
     staging: str | None = None
-    """Where actors read the weights from, by digest; default `OUT/_dinoray/weights`."""
+    """Folder or URL that all actors reach, for the weights (below `_dinoray/weights/<digest>`); default `out`."""
     features: tuple[Literal["cls", "patch_mean", "patches"], ...] = ("cls", "patch_mean")
     """`cls` and `patch_mean` are columns, `patches` dense Zarr arrays."""
     layers: tuple[int, ...] | None = None
@@ -184,7 +184,7 @@ def channel_groups(policy: str) -> dict[str, tuple[str, str, str]] | None:
 def build_job(model: type[Job], values: dict[str, Any]) -> Job:
     """Validate a job; every problem is listed with its field. Raises BadRequest."""
     try:
-        return model(**values)
+        return model.model_validate(values)  # not model(**values): YAML keys may be no text
     except ValidationError as error:
         lines = [f"{'.'.join(str(p) for p in e['loc']) or 'job'}: {e['msg']}" for e in error.errors()]
         raise BadRequest("the job is not valid:\n  " + "\n  ".join(lines),
@@ -195,7 +195,7 @@ def read_job_file(path: str | Path, overrides: list[str] | None = None) -> dict[
     """A job's YAML (safe loader) with `key=value` overrides, values read as YAML. Raises BadRequest."""
     try:
         values = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no UTF-8, dates such as 2024-13-45
         raise BadRequest(f"cannot read the job file: {error}", where=str(path)) from error
     if not isinstance(values, dict):
         raise BadRequest("a job file is a mapping of field: value", where=str(path))
@@ -205,7 +205,7 @@ def read_job_file(path: str | Path, overrides: list[str] | None = None) -> dict[
             raise BadRequest(f"not an override: {override!r}", todo="write key=value")
         try:
             values[key.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (ValueError, yaml.YAMLError) as error:
             raise BadRequest(f"not an override: {override!r}: {error}") from error
     return values
 

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from dinoray.config import ExtractImagesJob, canonical_json
 from dinoray.errors import BadRequest, ChangedRequest, TooManyFailures
 from dinoray.io.sources import list_items
-from dinoray.io.stores import Store, is_local, local_path, open_store
+from dinoray.io.stores import LocalStore, Store, is_local, local_path, open_store
 from dinoray.ledger import Ledger, Receipt, Tally
 from dinoray.planning import Spool, check_same_inputs, spool_items, write_plan
 from dinoray.memory.meter import available_cores
@@ -103,7 +103,7 @@ def extract_images(job: ExtractImagesJob, say: Callable[[str], None] = print, *,
         progress.begin("images", total=plan.num_items, tally=tally)
         if plan.pending(done):
             pool(RunnerSpec("image-features", job.out, job=resolved.job.model_dump(mode="json"),
-                            weights=resolved.weights_location(pool.local), digest=resolved.digest),
+                            weights=None if job.no_ray else resolved.weights_location(), digest=resolved.digest),
                  lambda: plan.pending(ledger.done()), on_receipt)
     return _finish(store, plan, ledger, outcome, say)
 
@@ -180,8 +180,7 @@ def _seal(store: Store, resolved: Resolved, spool: Spool, root: str) -> Plan:
         salt = lambda groups: canonical_json({g: scaling.get(g) for g in sorted(groups)})  # noqa: E731
     writer = PlanWriter(store, "_dinoray", resolved.fingerprint, max_items=job.unit_items, max_bytes=job.unit_bytes,
                         group_salt=salt)
-    write_plan(spool, writer, root=root, numerics=resolved.identity["numerics"],
-               described=resolved.described)
+    write_plan(spool, writer, root=root, numerics=resolved.numerics, described=resolved.described)
     return Plan(store)
 
 
@@ -219,7 +218,8 @@ class RayPool:
         threads = max(2, shape.num_cpus - (device == "cuda"))
         spec = replace(spec, decode_threads=self.job.decode_threads or threads,
                        compute_threads=self.job.compute_threads or shape.num_cpus)
-        self.resolved.release()  # the actors hold the model, the driver need not
+        if spec.kind == "image-features":
+            self.resolved.release()  # its weights are staged by now; the actors hold the model, the driver need not
         run_on_ray(spec, recompute_pending, on_receipt, shape=shape, rounds=self.job.rounds,
                    stall_timeout_s=self.job.stall_timeout_s)
 
@@ -243,6 +243,8 @@ def _pool(job: ExtractImagesJob, resolved: Resolved, say: Callable[[str], None])
 def _finish(store: Store, plan: Plan, ledger: Ledger, outcome: Outcome, say: Callable[[str], None]) -> Outcome:
     """Summary, verification, `_SUCCESS`, last line."""
     tally = outcome.tally
+    if isinstance(store, LocalStore):
+        store.sweep()
     store.put("_dinoray/summary.json", json.dumps(
         {"fingerprint": outcome.fingerprint, "num_units": len(plan), **tally.as_dict()}, indent=1, sort_keys=True).encode())
     outcome.verified = verify_fast(store, plan, ledger, write_success=True)

@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from dinoray.errors import BadRequest, ChangedRequest
 from dinoray.io.items import Item
-from dinoray.units import ITEM_SCHEMA, Plan, PlanWriter, item_digest, item_row, items_of
+from dinoray.units import ITEM_SCHEMA, Plan, PlanWriter, item_digest, item_row, items_of, row_digest
 
 SPOOL_SCHEMA = ITEM_SCHEMA.append(pa.field("digest", pa.binary(16)))
 SPOOL_ROWS = 16_384
@@ -103,7 +103,8 @@ def spool_items(items: Iterable[Item], *, sample: int = 0) -> Spool:
     options = pa.ipc.IpcWriteOptions(compression="zstd")
     with pa.ipc.new_stream(spool._file, SPOOL_SCHEMA, options=options) as writer:
         for number, item in enumerate(items):
-            digest = item_digest(item)
+            row = item_row(item)
+            row["digest"] = digest = row_digest(row)
             hasher.update(digest)
             key = id_hash(item.item_id)
             hashes.append(key)
@@ -111,7 +112,7 @@ def spool_items(items: Iterable[Item], *, sample: int = 0) -> Spool:
             if sample and item.problem is None:
                 heap = heaps.setdefault(item.group, [])
                 (heapq.heappush if len(heap) < sample else heapq.heappushpop)(heap, (-key, number))
-            rows.append({**item_row(item), "digest": digest})
+            rows.append(row)
             spool.num_bytes += item.num_bytes
             if len(rows) == SPOOL_ROWS:
                 writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=SPOOL_SCHEMA))

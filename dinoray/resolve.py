@@ -5,8 +5,10 @@ Nothing is read but the weights. What comes out is stored with the output and co
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from dinoray.config import ExtractImagesJob
@@ -21,6 +23,10 @@ LIBRARIES = ("dinoray", "torch", "numpy", "pyarrow", "zarr", "numcodecs", "tifff
 """Packages whose version may change a byte of the output."""
 
 
+STAGED_MARKER = "STAGED"
+"""Written last into a folder of staged weights."""
+
+
 @dataclass
 class Resolved:
     """A job with every `auto` settled. `identity` holds all that changes results; the fingerprint hashes it."""
@@ -28,6 +34,8 @@ class Resolved:
     job: ExtractImagesJob
     device: str
     identity: dict[str, Any]
+    numerics: dict[str, Any]
+    """What runners compute with; its `device_kind` is not in the identity: on another kind receipts say `degraded`."""
     fingerprint: str
     digest: str
     weights_facts: dict[str, Any]
@@ -40,23 +48,22 @@ class Resolved:
         """Forget the model that the driver loaded to learn its digest."""
         self.backbone = None
 
-    def weights_location(self, local: bool) -> str:
-        """What actors load: `random:SEED`, or the folder (by digest) where the weights are staged now if need be."""
-        del local
+    def weights_location(self) -> str:
+        """What actors load: `random:SEED`, or the folder, named by digest, where the weights are staged now if need be."""
         if (self.job.weights or "").startswith("random"):
             return self.job.weights or ""
-        if self.job.no_ray:
-            return ""
-        base = self.job.staging or f"{self.job.out}/_dinoray/weights"
-        url = f"{base.rstrip('/')}/{self.digest}"
-        from dinoray.vision.weights import staged_files
+        base = self.job.staging or self.job.out
+        prefix = f"_dinoray/weights/{self.digest}"
+        store = open_store(base)
+        if not store.exists(f"{prefix}/{STAGED_MARKER}"):
+            from dinoray.vision.weights import save_backbone
 
-        store = open_store(url)
-        if not store.exists("complete"):
-            for name, data in staged_files(self.backbone):
-                store.put(name, data)
-            store.put("complete", b"")
-        return url
+            with tempfile.TemporaryDirectory(prefix="dinoray-stage-") as folder:
+                save_backbone(self.backbone, folder)
+                for file in sorted(Path(folder).iterdir()):
+                    store.put(f"{prefix}/{file.name}", file.read_bytes())
+            store.put(f"{prefix}/{STAGED_MARKER}", b"all files are here\n")
+        return f"{store.url}/{prefix}"
 
 
 def resolve(job: ExtractImagesJob) -> Resolved:
@@ -70,15 +77,14 @@ def resolve(job: ExtractImagesJob) -> Resolved:
     if job.model is None and job.weights is None:
         raise BadRequest("no model was named", where="--model", todo="say e.g. --model vits16 (official weights), "
                          "--model vits16 --weights FILE, or --model vits16 --weights random to try things out")
-    if job.model is None:
-        raise BadRequest("weights without a model", where="--model", todo="say e.g. --model vits16")
     has_cuda = torch.cuda.is_available()
     device = job.device if job.device != "auto" else ("cuda" if has_cuda else "cpu")
     if device == "cuda" and not has_cuda and job.no_ray:
         raise BadRequest("there is no CUDA device here", where="--device", todo="use --device cpu")
     precision = job.precision if job.precision != "auto" else ("bfloat16" if device == "cuda" else "float32")
     weights = f"{job.weights}:0" if job.weights == "random" else job.weights
-    backbone = load_backbone(job.model, weights, dtype=getattr(torch, precision),
+    # under Ray the actors compute; the driver needs the weights in float32, to stage them as they are
+    backbone = load_backbone(job.model, weights, dtype=getattr(torch, precision) if job.no_ray else torch.float32,
                              device=device if job.no_ray else "cpu", accept_license=job.accept_dinov3_license)
     config = backbone.config
     if job.layers and max(job.layers) >= config.depth:
@@ -90,23 +96,28 @@ def resolve(job: ExtractImagesJob) -> Resolved:
                          where="--resize-px")
     budget = job.token_budget or default_token_budget(config.name, device, precision)
     kind = device_kind(torch.device("cpu")) if device == "cpu" else (device_kind(torch.device("cuda")) if has_cuda else "cuda")
-    job = job.model_copy(update={"device": device, "precision": precision, "weights": weights, "token_budget": budget})
-    numerics = {"device": device, "device_kind": kind, "precision": precision, "token_budget": budget,
+    job = job.model_copy(update={"model": config.name, "device": device, "precision": precision, "weights": weights,
+                                 "token_budget": budget})
+    numerics = {"device": device, "precision": precision, "token_budget": budget,
                 "batching": "powers of two up to the budget", "attention": "sdpa", "rope": "float32",
                 "libraries": {name: version(name) for name in LIBRARIES}}
-    normalisation = {"mean": list(config.mean), "std": list(config.std), "rule": backbone.normalisation_rule}
+    normalisation = {"mean": list(config.mean), "std": list(config.std)}
     identity = {"format": FORMAT, "settings": {k: v for k, v in job.result_settings().items() if k != "model"},
                 "model": config.name, "weights_digest": backbone.digest, "normalisation": normalisation,
                 "numerics": numerics}
     fingerprint = fingerprint_of(identity)
     preprocessing = {k: v for k, v in identity["settings"].items() if k.startswith(
         ("scaling", "size", "tile", "resize", "channels", "contrast", "clahe", "pixel_size"))}
-    described = {"fingerprint": fingerprint, "model": config.name, "weights": backbone.source,
+    is_random = (weights or "").startswith("random")
+    # no path in here: the same weights from another folder must give the same bytes
+    described = {"fingerprint": fingerprint, "model": config.name, "weights": weights if is_random else "see weights_digest",
                  "weights_digest": backbone.digest, "normalisation": normalisation, "precision": precision,
                  "preprocessing": preprocessing, "layers": list(job.layers) if job.layers else None,
                  "patch_size": config.patch_size}
-    note = " (random weights: texture only)" if (weights or "").startswith("random") else ""
-    description = (f"{config.name} {backbone.source}{note}, digest {backbone.digest[:12]}, normalisation "
+    source = f"{backbone.source} (random weights: texture only)" if is_random else backbone.source
+    description = (f"{config.name} from {source}, digest {backbone.digest[:12]}, normalisation "
                    f"{backbone.normalisation_rule}, {precision} on {device}")
-    facts = {"digest": backbone.digest, "source": backbone.source, "normalisation": normalisation}
-    return Resolved(job, device, identity, fingerprint, backbone.digest, facts, described, description, backbone)
+    facts = {"digest": backbone.digest, "source": backbone.source, "normalisation": normalisation,
+             "normalisation_rule": backbone.normalisation_rule}
+    return Resolved(job, device, identity, {**numerics, "device_kind": kind}, fingerprint, backbone.digest, facts,
+                    described, description, backbone)

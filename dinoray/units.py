@@ -80,11 +80,18 @@ def items_of(table: pa.Table) -> tuple[Item, ...]:
     )
 
 
+def row_digest(row: dict[str, Any]) -> bytes:
+    """16 bytes that identify an item's row: id, (uri, size, version) and channel of each file, metadata, group.
+
+    `problem` is left out: planning finds it again, and duplicates are marked after the digest is taken.
+    """
+    content = json.dumps([row[name] for name in ITEM_SCHEMA.names if name != "problem"], ensure_ascii=False)
+    return hashlib.blake2b(content.encode(), digest_size=16).digest()
+
+
 def item_digest(item: Item) -> bytes:
-    """16 bytes that identify the item: id, (uri, size, version) and channel of each file, metadata, group."""
-    row = item_row(item)
-    row.pop("problem")  # found again by every planning; duplicates are marked after the digest is taken
-    return hashlib.blake2b(canonical_json(row).encode(), digest_size=16).digest()
+    """`row_digest` of an item."""
+    return row_digest(item_row(item))
 
 
 @dataclass

@@ -7,17 +7,25 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow.parquet as pq
+import pytest
 
 from dinoray.config import ExtractImagesJob
 from dinoray.extraction import Outcome, extract_images
-from dinoray.io.stores import open_store
+from dinoray.io.items import FileRef, Item
+from dinoray.io.stores import Store, open_store
+from dinoray.units import Plan, PlanWriter, item_digest, item_row
 from dinoray.verification import open_run, verify_deep
+from dinoray.vision.backbone import Backbone
+from dinoray.vision.variants import BackboneConfig
 
 ALL_FEATURES = ("cls", "patch_mean", "patches")
 
@@ -88,3 +96,91 @@ def complete(argv: list[str], *, code: int = 0, timeout_s: float = 240) -> str:
 def count(folder: Path) -> int:
     """Files in a folder (0 when it is not there)."""
     return len(list(folder.iterdir())) if folder.is_dir() else 0
+
+
+# ---------------------------------------------------------------- small parts for tests of single modules
+
+TINY = BackboneConfig("tiny16", patch_size=16, dim=16, depth=3, heads=2, ffn="mlp", ffn_hidden=32)
+
+
+@lru_cache(maxsize=4)
+def tiny_backbone(config: BackboneConfig = TINY, weights: str = "random:0") -> Backbone:
+    """A real backbone of 3 layers and width 16: milliseconds to load and to run."""
+    from dinoray.vision.weights import load_backbone
+
+    return load_backbone(config, weights)
+
+
+def use_tiny_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let jobs in this process compute with `tiny_backbone`, whatever model they name."""
+    monkeypatch.setattr("dinoray.vision.weights.load_backbone", lambda *args, **kwargs: tiny_backbone())
+
+
+class DictStore(Store):
+    """Objects in a dictionary, thread-safe; `order` is the keys in the order they were put."""
+
+    def __init__(self, objects: dict[str, bytes] | None = None):
+        self.url, self.objects, self.order = "dict://", dict(objects or {}), []
+        self._lock = threading.Lock()
+
+    def get(self, key: str) -> bytes:
+        """The object's bytes."""
+        try:
+            return self.objects[key]
+        except KeyError:
+            raise FileNotFoundError(key) from None
+
+    def open(self, key: str) -> BinaryIO:
+        """The object as a file."""
+        return io.BytesIO(self.get(key))
+
+    def put(self, key: str, data: bytes | memoryview) -> None:
+        """Create or replace."""
+        with self._lock:
+            self.objects[key] = bytes(data)
+            self.order.append(key)
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        """Create, or False."""
+        with self._lock:
+            if key in self.objects:
+                return False
+            self.objects[key] = bytes(data)
+            self.order.append(key)
+            return True
+
+    def exists(self, key: str) -> bool:
+        """Whether it is there."""
+        return key in self.objects
+
+    def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+        """(key, bytes) below a folder."""
+        found = [(key, len(data)) for key, data in list(self.objects.items())
+                 if not prefix or key.startswith(prefix + "/")]
+        return iter(found)
+
+    def delete(self, key: str) -> None:
+        """Remove."""
+        self.objects.pop(key, None)
+
+
+def make_item(name: str, *, size: int = 10, version: str = "1", **fields: object) -> Item:
+    """An item of one file that need not exist."""
+    return Item(name, (FileRef(f"/in/{name}", size, version),), **fields)  # type: ignore[arg-type]
+
+
+def item_of_file(path: Path, **fields: object) -> Item:
+    """An item of one real file."""
+    info = path.stat()
+    return Item(str(fields.pop("item_id", path.name)),
+                (FileRef(str(path), info.st_size, str(info.st_mtime_ns)),), **fields)  # type: ignore[arg-type]
+
+
+def make_plan(store: Store, items: Iterable[Item], *, prefix: str = "_dinoray", fingerprint: str = "f" * 16,
+              max_items: int = 3, max_bytes: int = 10**9, **facts: object) -> Plan:
+    """Seal a plan of these items in `store` and read it back."""
+    writer = PlanWriter(store, prefix, fingerprint, max_items=max_items, max_bytes=max_bytes)
+    for item in items:
+        writer.add(item_row(item), item_digest(item))
+    writer.seal(**facts)
+    return Plan(store, prefix)

@@ -34,9 +34,15 @@ class LeaseActor:
     """A Ray Data actor: builds its runner once, then runs leases. Only receipts leave it."""
 
     def __init__(self, spec: RunnerSpec):
-        self.runner = build_runner(spec)
+        try:
+            self.runner, self.trouble = build_runner(spec), ""
+        except DinorayError as error:  # told by the first lease: an actor that dies at birth is retried for minutes
+            self.trouble = f"systemic: {error}"
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, list[str]]]:
+        if self.trouble:
+            yield {"receipt": [""], "error": [self.trouble]}
+            return
         for units in batch["units"]:
             numbers = [int(n) for n in str(units).split(",")]
             try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import itertools
 import posixpath
 import struct
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ _ID_COLUMNS = ("item_id", "id")
 _STANDARD = {name.lower(): f"Metadata_{name}" for name in ("Source", "Batch", "Plate", "Well", "Site")}
 _THREADS = 16
 _ROWS = 2048
+_CHUNK = 16
 
 
 def is_manifest(path: str) -> bool:
@@ -52,12 +54,14 @@ def manifest_items(uri: str, root: str) -> Iterator[Item]:
         columns = None
         for batch in opener(uri):
             columns = columns or _Columns(batch.schema.names, uri)
-            named = zip(batch.schema.names, batch.columns, strict=True)
-            values = [_strings(column, name, uri) for name, column in named]
+            columns_of_batch = zip(batch.schema.names, batch.columns, strict=True)
+            values = [_strings(column, name, uri) for name, column in columns_of_batch]
             for begin in range(0, batch.num_rows, _ROWS):
                 rows = list(zip(*(value[begin:begin + _ROWS] for value in values), strict=True))
                 wanted = [[_resolve(r[i], folder) for i in columns.files] for r in rows]
-                refs = pool.map(stat, [u for uris in wanted for u in uris if u])
+                named = [u for uris in wanted for u in uris if u]
+                chunks = [named[i:i + _CHUNK] for i in range(0, len(named), _CHUNK)]
+                refs = itertools.chain.from_iterable(pool.map(stat, chunks))
                 for values_of_row, uris in zip(rows, wanted, strict=True):
                     row += 1
                     files = [next(refs) if u else None for u in uris]
@@ -94,12 +98,15 @@ def _metadata_name(name: str) -> str:
 
 
 class _Stat:
-    """uri -> FileRef, with one tree per protocol; missing files have size -1."""
+    """URIs -> FileRefs, with one tree per protocol; missing files have size -1."""
 
     def __init__(self):
         self._trees: dict[str, RemoteTree] = {}
 
-    def __call__(self, uri: str) -> FileRef:
+    def __call__(self, uris: list[str]) -> list[FileRef]:
+        return [self._stat(uri) for uri in uris]
+
+    def _stat(self, uri: str) -> FileRef:
         if "\0" in uri:
             return FileRef(uri, -1, "missing")
         with listing_errors(uri):

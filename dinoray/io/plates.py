@@ -49,24 +49,25 @@ class ParsedName:
 
 
 def _shipped(name: str, regex: str, ignore: str | None = None) -> Pattern:
-    flags = re.IGNORECASE | re.ASCII
-    return Pattern(name, re.compile(regex, flags), re.compile(ignore, flags) if ignore else None)
+    return Pattern(name, re.compile(regex, re.ASCII), re.compile(ignore, re.ASCII) if ignore else None)
 
 
-_GUID = r"[0-9A-F]{8}-[0-9A-F]{4}-[0-9A-F]{4}-[0-9A-F]{4}-[0-9A-F]{12}"
+_TIFF = r"\.(?i:tiff?)"
+_GUID = r"[0-9A-Fa-f]{8}-(?:[0-9A-Fa-f]{4}-){3}[0-9A-Fa-f]{12}"
 SHIPPED: dict[str, Pattern] = {pattern.name: pattern for pattern in (
     # Opera Phenix / Operetta, Harmony: r01c01f01p01-ch1sk1fk1fl1.tiff (row, column, field, plane, channel,
     # time, flim); older exports end after sk, some after the channel
     _shipped("phenix", r"r(?P<row>\d{2,})c(?P<col>\d{2,})f(?P<site>\d{2,})p(?P<plane>\d{2,})"
-                       r"-(?P<channel>ch\d+)(?:t(?P<timepoint>\d+))?(?:sk(?P<time>\d+))?(?:fk\d+)?(?:fl\d+)?\.tiff?"),
+                       r"-(?P<channel>ch\d+)(?:t(?P<timepoint>\d+))?(?:sk(?P<time>\d+))?(?:fk\d+)?(?:fl\d+)?"
+                       + _TIFF),
     # ImageXpress (MetaXpress): [plate_]A01_s1_w1[_z1][GUID].tif; the GUID differs from file to file
     _shipped("imagexpress", r"(?:(?P<plate>[^/]+?)_)?(?P<well>[A-Z]{1,2}\d{2})(?:_s(?P<site>\d+))?"
                             r"(?P<token>_(?P<channel>w\d+))(?:_z(?P<plane>\d+))?(?:_t(?P<time>\d+))?"
-                            rf"(?P<token2>{_GUID})?\.tiff?",
-             ignore=rf".*_thumb(?:{_GUID})?\.tiff?"),
+                            rf"(?P<token2>{_GUID})?{_TIFF}",
+             ignore=rf".*_thumb(?:{_GUID})?{_TIFF}"),
     # Yokogawa CV7000/CV8000: plate_A01_T0001F001L01A01Z01C01.tif; A (the action) goes with the channel
     _shipped("yokogawa", r"(?P<plate>[^/]+?)_(?P<well>[A-Z]{1,2}\d{2})_T(?P<time>\d{4})F(?P<site>\d{3})L\d{2}"
-                         r"(?P<token>A\d{2})Z(?P<plane>\d{2})(?P<token2>(?P<channel>C\d{2}))\.(?:tiff?|png)"),
+                         r"(?P<token>A\d{2})Z(?P<plane>\d{2})(?P<token2>(?P<channel>C\d{2}))\.(?i:tiff?|png)"),
 )}
 
 _METADATA = {"site": "Site", "plane": "Plane", "time": "Time", "timepoint": "Timepoint", "plate": "Plate",

@@ -17,11 +17,13 @@ import errno
 import os
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import fsspec
+import psutil
 from fsspec.core import url_to_fs
 
 from dinoray.errors import BadRequest, SystemicError
@@ -111,7 +113,7 @@ class LocalStore(Store):
     def put(self, key: str, data: bytes | memoryview) -> None:
         target = self.path(key)
         with self._scratch(data, target.parent) as scratch:
-            os.replace(scratch, target)
+            _place(os.replace, scratch, target)
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         target = self.path(key)
@@ -119,13 +121,13 @@ class LocalStore(Store):
             return False
         with self._scratch(data, target.parent) as scratch:
             try:
-                os.link(scratch, target)
+                _place(os.link, scratch, target)
             except FileExistsError:
                 return False
         return True
 
     def exists(self, key: str) -> bool:
-        return self.path(key).exists()
+        return self.path(key).is_file()
 
     def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
         top = self.root / safe_join(prefix) if prefix else self.root
@@ -147,6 +149,19 @@ class LocalStore(Store):
 
     def delete(self, key: str) -> None:
         self.path(key).unlink(missing_ok=True)
+
+    def sweep(self) -> None:
+        """Remove scratch files that killed processes left: of this host when the process is gone, else when a day old."""
+        try:
+            entries = list(os.scandir(self.root / TMP_FOLDER))
+        except FileNotFoundError:
+            return
+        for entry in entries:
+            host, _, rest = entry.name.rpartition("-")[0].rpartition("-")[0].rpartition("-")
+            mine = host == socket.gethostname() and rest.isdigit()
+            with contextlib.suppress(FileNotFoundError):
+                if not psutil.pid_exists(int(rest)) if mine else time.time() - entry.stat().st_mtime > 86_400:
+                    os.unlink(entry.path)
 
     @contextlib.contextmanager
     def _scratch(self, data: bytes | memoryview, folder: Path) -> Iterator[str]:
@@ -180,6 +195,15 @@ class LocalStore(Store):
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(scratch)
+
+
+def _place(move: Callable[[str, Path], None], scratch: str, target: Path) -> None:
+    """Rename or link a scratch file to its name; makes its folder again if that was removed meanwhile."""
+    try:
+        move(scratch, target)
+    except FileNotFoundError:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        move(scratch, target)
 
 
 class FsspecStore(Store):

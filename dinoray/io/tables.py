@@ -120,7 +120,7 @@ class Features:
         if column not in self.vectors:
             raise BadRequest(f"no vector column {column!r}", where=self.url, todo=f"one of {', '.join(self.vectors)}")
         chunks = self.table([column], **kwargs)[column].combine_chunks()
-        return chunks.flatten().to_numpy(zero_copy_only=False).reshape(len(chunks), -1)
+        return chunks.flatten().to_numpy(zero_copy_only=False).reshape(len(chunks), chunks.type.list_size)
 
     def dense(self, array: str, index: int) -> np.ndarray:
         """The patch grid [h, w, D] that a row's `dense_array` and `dense_index` name."""

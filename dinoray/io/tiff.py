@@ -73,7 +73,12 @@ def _channel_grid(
 
 
 def _read(
-    data: bytes, grid_CZ: np.ndarray, pages: list[tifffile.TiffPage], layout: Layout, uri: str, z_projection: str
+    data: bytes,
+    grid_CZ: np.ndarray,
+    pages: list[tifffile.TiffPage],
+    layout: Layout,
+    uri: str,
+    z_projection: str,
 ) -> DecodedImage:
     if z_projection == "middle":
         grid_CZ = grid_CZ[:, grid_CZ.shape[1] // 2][:, None]

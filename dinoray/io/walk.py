@@ -3,7 +3,7 @@
 The order is that of the code points of the names: within a folder its own files first, then its
 sub-folders; it depends neither on the file system nor on the locale. Memory holds one folder's files.
 Hidden files and folders, `_dinoray`, folders that are an output of dinoray, and Zarr/N5 arrays are
-skipped. A link to a folder is followed once.
+skipped. A link to a folder is followed, unless it leads to or above what is listed already.
 """
 
 from __future__ import annotations
@@ -131,14 +131,18 @@ class LocalTree:
             return FileRef(path, -1, "missing")
         return FileRef(path, info.st_size, str(info.st_mtime_ns))
 
-    def follow(self, link: str, start: str, linked: set[str]) -> bool:
-        """Whether to go through a link to a folder: not within the walk (loops, doubles), and only once."""
-        target, top = os.path.realpath(link), os.path.realpath(start)
-        if target in linked or (target + "/").startswith(top.rstrip("/") + "/") \
-                or (top + "/").startswith(target.rstrip("/") + "/"):
+    def follow(self, link: str, start: str, linked: list[str]) -> bool:
+        """Whether to go through a link to a folder: not into or above what this walk lists already."""
+        linked += [] if linked else [_with_slash(os.path.realpath(start))]
+        target = _with_slash(os.path.realpath(link))
+        if any(target.startswith(top) or top.startswith(target) for top in linked):
             return False
-        linked.add(target)
+        linked.append(target)
         return True
+
+
+def _with_slash(path: str) -> str:
+    return path.rstrip("/") + "/"
 
 
 class RemoteTree:
@@ -181,7 +185,7 @@ class RemoteTree:
         size = info.get("size")
         return FileRef(self.fs.unstrip_protocol(path), -1 if size is None else int(size), text.strip('"'))
 
-    def follow(self, link: str, start: str, linked: set[str]) -> bool:
+    def follow(self, link: str, start: str, linked: list[str]) -> bool:
         """Object stores have no links."""
         return False
 
@@ -201,7 +205,8 @@ def walk(
     extension, {folder: names}; what is met is taken out. What was passed over is counted in `ignored`, by
     extension. Raises OSError when a folder cannot be listed.
     """
-    pending, linked = [start], set()
+    pending: list[str] = [start]
+    linked: list[str] = []
     while pending:
         folder = pending.pop()
         entries = tree.list(folder)

@@ -124,11 +124,12 @@ class ImageFeatureRunner(UnitRunner):
             low, high = intensity.limits(pixels, names, channel, rule=job.scaling, group=item.group,
                                          table=self.scaling, percents=percents)
             seen = chosen
+            if job.contrast == "clahe" or not intensity.exact_in_float32(pixels.dtype):
+                seen = np.stack([intensity.scale(plane, a, b) for plane, a, b in zip(chosen, low, high, strict=True)])
+                low, high = np.zeros(len(low), np.float32), np.ones(len(low), np.float32)
             if job.contrast == "clahe":
                 tile = intensity.clahe_tile(job.clahe_tile_px, job.clahe_tile_um, pixel_size)
-                seen = np.stack([intensity.clahe(intensity.scale(plane, a, b), tile=tile, clip=job.clahe_clip)
-                                 for plane, a, b in zip(chosen, low, high, strict=True)])
-                low, high = np.zeros_like(low), np.ones_like(high)
+                seen = np.stack([intensity.clahe(plane, tile=tile, clip=job.clahe_clip) for plane in seen])
             for box in boxes:
                 part = np.s_[:, box.y0:box.y1, box.x0:box.x1]
                 values = {"item_id": item.item_id, "uri": item.files[0].uri if len(item.files) == 1 or
@@ -147,7 +148,7 @@ class ImageFeatureRunner(UnitRunner):
 
     def process(self, unit: Unit, loaded: Iterable[Loaded], receipt: Receipt) -> Finish:
         state = _UnitState()
-        oom_before = self.extractor.oom_events
+        split_before = self.extractor.split_batches
         seconds = dict.fromkeys(("read", "decode", "prepare", "wait_decode", "compute", "wait_compute", "wait_write", "write"), 0.0)
         receipt.seconds = seconds
         part = f"dense/{_folder(unit.plate)}part-{unit.id}.zarr"
@@ -181,7 +182,7 @@ class ImageFeatureRunner(UnitRunner):
             self._launch(state, key, seconds)
         while state.running:
             self._collect(state, dense, part, seconds)
-        receipt.numerics = self._used_numerics(degraded=self.extractor.oom_events > oom_before)
+        receipt.numerics = self._used_numerics(degraded=self.extractor.split_batches > split_before)
         if self.on_cuda:
             receipt.memory["device_peak"] = torch.cuda.max_memory_allocated()
 
@@ -278,7 +279,7 @@ def _folder(plate: str | None) -> str:
 
 
 def _for_torch(pixels: np.ndarray) -> np.ndarray:
-    """Contiguous pixels in a dtype that torch takes and float32 loses nothing that scaling needs."""
+    """Contiguous pixels in a dtype that torch takes; whatever float32 cannot hold was scaled before."""
     if pixels.dtype in (np.uint8, np.uint16, np.float32):
         return np.ascontiguousarray(pixels)
     return np.ascontiguousarray(pixels.astype(np.float32))

@@ -56,6 +56,8 @@ class Extractor:
         self._lock = threading.Lock()
         self._safe: dict[tuple, int] = {}
         self.oom_events = 0
+        self.split_batches = 0
+        """Batches that were computed in smaller parts than the plan says: their low bits may differ."""
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Patch grid (h, w) of a crop of `height` x `width` source pixels."""
@@ -83,12 +85,15 @@ class Extractor:
                 continue
             parts.append(part)
             start += size
+        if len(parts) > 1:
+            with self._lock:
+                self.split_batches += 1
         return parts[0] if len(parts) == 1 else {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 
     def _back_off(self, key: tuple, size: int, crop: Crop) -> None:
         with self._lock:
             self.oom_events += 1
-            self._safe[key] = max(1, size // 2)
+            self._safe[key] = min(self._safe.get(key, size), max(1, size // 2))  # another thread may know better
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         if size == 1:

@@ -72,7 +72,7 @@ def full_range(dtype: np.dtype) -> tuple[float, float]:
 
 def limits(pixels: np.ndarray, names: tuple[str, ...], row: ChannelRow, *, rule: str, group: str,
            table: Scaling | None, percents: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
-    """(low, high), float32 [len(row.indices)], for the channels of a row of an image [C, Y, X].
+    """(low, high), float32 or float64 [len(row.indices)] as `scale` computes, for a row of an image [C, Y, X].
 
     `rule`: `plate` looks `group` up in `table`; `image` takes this image's own percentiles; `dtype` the full
     range. Raises ItemError `no_scaling` when the statistics pass saw no readable image of that channel.
@@ -91,13 +91,21 @@ def limits(pixels: np.ndarray, names: tuple[str, ...], row: ChannelRow, *, rule:
                                 todo="raise scaling_sample, or use scaling=image")
         low.append(pair[0])
         high.append(pair[1] if pair[1] > pair[0] else pair[0] + 1.0)
-    return np.asarray(low, dtype=np.float32), np.asarray(high, dtype=np.float32)
+    kind = np.float32 if exact_in_float32(pixels.dtype) else np.float64
+    lows = np.asarray(low, dtype=kind)
+    return lows, np.maximum(np.asarray(high, dtype=kind), np.nextafter(lows, kind(np.inf)))  # never equal once rounded
+
+
+def exact_in_float32(dtype: np.dtype) -> bool:
+    """Whether float32 holds every value of an image dtype; 32- and 64-bit integers and float64 need float64."""
+    return dtype.itemsize <= 2 or dtype == np.float32
 
 
 def scale(plane: np.ndarray, low: float, high: float) -> np.ndarray:
-    """float32 plane in [0, 1]: the same arithmetic as on the device, for host-side steps."""
-    scaled = (plane.astype(np.float32) - np.float32(low)) / np.float32(high - low)
-    return np.clip(scaled, 0.0, 1.0, out=scaled)
+    """float32 plane in [0, 1]: for host-side steps; the same arithmetic as on the device where float32 is exact."""
+    kind = np.float32 if exact_in_float32(plane.dtype) else np.float64
+    scaled = (plane.astype(kind) - kind(low)) / kind(high - low)
+    return np.clip(scaled, 0.0, 1.0, out=scaled).astype(np.float32, copy=False)
 
 
 def clahe_tile(tile_px: int, tile_um: float | None, pixel_size_um: float | None) -> int:

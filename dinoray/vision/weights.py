@@ -8,6 +8,7 @@ its initial value: with LayerScale at its 1e-5 initialisation a network looks al
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -186,23 +187,30 @@ def _check_periods(stored: torch.Tensor, config: BackboneConfig, where: str) -> 
 
 
 def _random(config: BackboneConfig, weights: str) -> Callable[[str], torch.Tensor]:
-    """Weights from a seed: drawn on the CPU in canonical order, LayerScale 0.05..0.55 so the network acts."""
-    seed = weights.partition(":")[2] or "0"
-    if not seed.isdigit():
+    """Weights from a seed: drawn on the CPU in canonical order, LayerScale 0.05..0.55 so the network acts.
+
+    Only uniform numbers, and only exactly rounded arithmetic on them: the same seed gives the same bits, and
+    so the same digest, on every kind of processor (normal deviates would not).
+    """
+    _, colon, seed = weights.partition(":")
+    if colon and not (seed.isascii() and seed.isdigit() and int(seed) < 2**63):
         raise BadRequest(
             f"the seed is {seed!r}", where=f"--weights {weights}", todo="use random:SEED, a number"
         )
-    generator = torch.Generator("cpu").manual_seed(int(seed))
+    generator = torch.Generator("cpu").manual_seed(int(seed or 0))
     shapes = layouts.canonical_shapes(config)
 
     def fetch(name: str) -> torch.Tensor:
-        tensor = torch.empty(shapes[name], dtype=torch.float32)
+        shape = shapes[name]
         if name.endswith("lambda1"):
-            return tensor.uniform_(0.05, 0.55, generator=generator)
-        if "norm" in name and name.endswith("weight"):
-            return tensor.uniform_(0.8, 1.2, generator=generator)
-        if tensor.ndim >= 2 and "token" not in name:
-            return tensor.normal_(0, tensor[0].numel() ** -0.5, generator=generator)
-        return tensor.normal_(0, 0.1 if "token" in name else 0.02, generator=generator)
+            low, high = 0.05, 0.55
+        elif "norm" in name and name.endswith("weight"):
+            low, high = 0.8, 1.2
+        elif "token" not in name and len(shape) > 1:
+            high = (3 / math.prod(shape[1:])) ** 0.5  # deviation 1 / sqrt(fan in)
+            low = -high
+        else:
+            low, high = (-0.2, 0.2) if "token" in name else (-0.03, 0.03)
+        return torch.rand(shape, generator=generator, dtype=torch.float32).mul_(high - low).add_(low)
 
     return fetch

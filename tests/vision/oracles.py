@@ -73,12 +73,12 @@ def overwrite(model: torch.nn.Module, seed: int) -> torch.nn.Module:
 
 
 def published(model) -> dict[str, torch.Tensor]:
-    """A transformers model's tensors under the names of the published files (`layer.i`, not `model.layer.i`)."""
+    """A transformers model's tensors by the names of the published files: `layer.i`, not `model.layer.i`."""
     return {name.removeprefix("model."): t.detach().clone() for name, t in model.state_dict().items()}
 
 
 def to_meta(state: dict[str, torch.Tensor], head_dim: int = 64) -> dict[str, torch.Tensor]:
-    """Hugging Face tensors in the layout of Meta's .pth files, with their buffers and training-only tensors."""
+    """Hugging Face tensors in the layout of Meta's .pth files, with buffers and training-only tensors."""
     top = {
         "embeddings.cls_token": "cls_token",
         "embeddings.register_tokens": "storage_tokens",
@@ -125,7 +125,11 @@ def to_timm(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         name = name.replace("storage_tokens", "reg_token")
         name = name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2")
         if swiglu:
-            name = name.replace("mlp.w1", "mlp.fc1_g").replace("mlp.w2", "mlp.fc1_x").replace("mlp.w3", "mlp.fc2")
+            name = (
+                name.replace("mlp.w1", "mlp.fc1_g")
+                .replace("mlp.w2", "mlp.fc1_x")
+                .replace("mlp.w3", "mlp.fc2")
+            )
         if name.endswith("qkv.bias"):
             stem = name.removesuffix("qkv.bias")
             out[stem + "q_bias"], _, out[stem + "v_bias"] = tensor.chunk(3)

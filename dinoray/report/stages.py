@@ -1,0 +1,187 @@
+"""What limits a run, from the stage seconds in its receipts: one sentence, and the one setting to change.
+
+How the numbers hang together (dinoray.runners.base): a unit loop takes prepared images in order, hands
+batches to the device and gathers results; decode threads work ahead of it, also for the next unit; a writer
+thread stores the unit before while the loop goes on. So thread seconds (`read`, `decode`, `prepare`,
+`compute`, `write`) overlap and say how much work there was; what limits is where the loop *waited*:
+`wait_decode` for images, `wait_compute` for the device, `wait_write` (and `write`, which ends a unit's
+wall) for storage. Waits are parts of `wall`; thread seconds may exceed it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from dinoray.ledger import Receipt
+
+DECODE, COMPUTE, WRITE, LOOP = "decode", "compute", "write", "loop"
+_WORK = ("read", "decode", "prepare", "compute", "write")
+_WAITS = ("wait_decode", "wait_compute", "wait_write")
+_CLOSE = 0.75
+"""A runner-up with this share of the largest part is named too."""
+_ENOUGH_S = 1.0
+"""Below this many seconds of work in all, a verdict would be noise."""
+MAX_THREADS = 64
+
+
+@dataclass
+class Worker:
+    """One process (host and pid) that did units."""
+
+    units: int = 0
+    items: int = 0
+    wall: float = 0.0
+    """Sum of the units' wall seconds: an upper bound of its working time, for storing overlaps the next unit."""
+    writes: float = 0.0
+    first_write: float = 0.0
+    last_write: float = 0.0
+
+    def add(self, receipt: Receipt) -> None:
+        """Count one unit; receipts come in plan order."""
+        write = receipt.seconds.get("write", 0.0)
+        self.first_write = write if not self.units else self.first_write
+        self.units += 1
+        self.items += receipt.items
+        self.wall += receipt.seconds.get("wall", 0.0)
+        self.writes += write
+        self.last_write = write
+
+    @property
+    def least_wall(self) -> float:
+        """Working seconds if storing always overlapped the next unit: the loops and one write, or all writes
+        and one loop."""
+        loops = self.wall - self.writes
+        return min(self.wall, max(loops + self.last_write, self.writes + loops / max(1, self.units)))
+
+
+@dataclass
+class StageTotals:
+    """Sums over receipts; `add` each once, in plan order."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    units: int = 0
+    items: int = 0
+    workers: dict[tuple[str, str], Worker] = field(default_factory=dict)
+    rss_peak: int = 0
+    device_peak: int = 0
+    dense_bytes: int = 0
+    table_bytes: int = 0
+
+    def add(self, receipt: Receipt) -> None:
+        """Count one receipt."""
+        self.units += 1
+        self.items += receipt.items
+        for stage, value in receipt.seconds.items():
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + value
+        key = (str(receipt.worker.get("host", "?")), str(receipt.worker.get("pid", "?")))
+        self.workers.setdefault(key, Worker()).add(receipt)
+        self.rss_peak = max(self.rss_peak, receipt.memory.get("rss_peak", 0))
+        self.device_peak = max(self.device_peak, receipt.memory.get("device_peak", 0))
+        for stored in receipt.objects:
+            self.dense_bytes += stored.bytes * stored.key.startswith("dense/")
+            self.table_bytes += stored.bytes * stored.key.startswith("features/")
+
+    def get(self, stage: str) -> float:
+        """Summed seconds of a stage, 0 where receipts do not have it."""
+        return self.seconds.get(stage, 0.0)
+
+    def rate(self) -> tuple[float, float] | None:
+        """Images per second of one working worker, on average: (at least, at most); None without times."""
+        longest = sum(worker.wall for worker in self.workers.values())
+        shortest = sum(worker.least_wall for worker in self.workers.values())
+        return None if longest <= 0 else (self.items / longest, self.items / max(shortest, 1e-9))
+
+    def loop_parts(self) -> dict[str, float]:
+        """Where the unit loops' wall went, as shares of it (sum 1): decode, compute, write, loop (the rest)."""
+        wall = self.get("wall")
+        if wall <= 0:
+            return {}
+        parts = {DECODE: self.get("wait_decode"), COMPUTE: self.get("wait_compute"),
+                 WRITE: self.get("wait_write") + self.get("write")}
+        scale = max(wall, sum(parts.values()))
+        return {**{name: value / scale for name, value in parts.items()}, LOOP: 1 - sum(parts.values()) / scale}
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """`limit`: decode, compute, write, loop, or None when it cannot be said. `sentence` why, `change` what to do."""
+
+    limit: str | None
+    sentence: str
+    change: str
+
+
+def verdict(totals: StageTotals, job: dict[str, Any], *, device: str) -> Verdict:
+    """Which stage limits, and the one setting to change. `job`: fields of the job; `device`: cpu or cuda."""
+    parts = totals.loop_parts()
+    if not parts or totals.get("wall") < _ENOUGH_S:
+        return Verdict(None, "The run was too short to say what limits it.", "Try it on more images.")
+    ranked = sorted(parts, key=lambda name: -parts[name])
+    limit, second = ranked[0], ranked[1]
+    reasons = {
+        DECODE: f"the unit loop waited {parts[DECODE]:.0%} of its time for images to be read and decoded",
+        COMPUTE: f"the unit loop waited {parts[COMPUTE]:.0%} of its time for the {_device(device)}",
+        WRITE: f"{parts[WRITE]:.0%} of the units' time went into storing results",
+        LOOP: f"the unit loop itself (gathering batches, packing results) took {parts[LOOP]:.0%} of the time",
+    }
+    names = {DECODE: _feeding(totals), COMPUTE: "Computing", WRITE: "Writing", LOOP: "The unit loop"}
+    sentence = f"{names[limit]} limits this run: {reasons[limit]}."
+    if parts[second] >= _CLOSE * parts[limit]:
+        sentence += f" It is nearly balanced: {reasons[second]}."
+    advice = {DECODE: _feed_advice, COMPUTE: _compute_advice, WRITE: _write_advice, LOOP: _loop_advice}
+    return Verdict(limit, sentence, advice[limit](totals, job, device))
+
+
+def _device(device: str) -> str:
+    return "GPU" if device == "cuda" else "CPU to compute"
+
+
+def _feeding(totals: StageTotals) -> str:
+    return "Reading" if totals.get("read") > totals.get("decode") + totals.get("prepare") else "Decoding"
+
+
+def _feed_advice(totals: StageTotals, job: dict[str, Any], device: str) -> str:
+    work = sum(totals.get(stage) for stage in ("read", "decode", "prepare"))
+    wall = totals.get("wall")
+    now = job.get("decode_threads") or max(1, round(work / wall))
+    enough = math.ceil(1.2 * work / max(wall - totals.get("wait_decode"), wall / 20))
+    threads = min(MAX_THREADS, max(enough, now + 1))
+    if _feeding(totals) == "Reading":
+        return (f"`--decode-threads {threads}`: the threads mostly wait for storage, so more of them cost little. "
+                "Workers nearer to the data (the same region) help too.")
+    if device == "cuda":
+        return f"`--decode-threads {threads}`: each takes one more CPU of the node for a worker."
+    return ("More CPUs per worker (`--decode-threads` up to its cores), or `--workers N` on a cluster: "
+            "here decoding and computing share the cores.")
+
+
+def _compute_advice(totals: StageTotals, job: dict[str, Any], device: str) -> str:
+    del totals
+    if device != "cuda":
+        return ("A GPU: `--device cuda` with a new `--out`. Without one: `--workers N` on a Ray cluster with more "
+                "machines, or a smaller model.")
+    if job.get("precision") == "float32":
+        return "`--precision bfloat16` with a new `--out`: the GPU computes several times faster in it."
+    return "`--workers N` with more GPUs. The GPU is kept busy, which is as it should be."
+
+
+def _write_advice(totals: StageTotals, job: dict[str, Any], device: str) -> str:
+    del device
+    if totals.dense_bytes > totals.table_bytes:
+        share = totals.dense_bytes / (totals.dense_bytes + totals.table_bytes)
+        if job.get("dense_dtype") == "float32":
+            return f"`--dense-dtype float16` with a new `--out`: patch grids are {share:.0%} of what is stored."
+        return (f"Leave `patches` out of `--features` (new `--out`) if you can: patch grids are {share:.0%} of what is "
+                "stored. Otherwise storage nearer to the workers.")
+    if job.get("vector_dtype") == "float32":
+        return "`--vector-dtype float16` with a new `--out`: half the bytes. Otherwise storage nearer to the workers."
+    return "`--out` on storage nearer to the workers, or more workers that store at the same time (`--workers N`)."
+
+
+def _loop_advice(totals: StageTotals, job: dict[str, Any], device: str) -> str:
+    del job, device
+    if totals.dense_bytes > totals.table_bytes:
+        return "Leave `patches` out of `--features` (new `--out`) if you can: packing patch grids is most of this work."
+    return "`--workers N`: more workers do this side by side."
