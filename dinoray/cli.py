@@ -103,6 +103,8 @@ def with_signals(resume: str) -> None:
 
     def leave(number: int, frame: FrameType | None) -> None:
         del frame
+        if sys.stderr.isatty():
+            os.write(2, b"\x1b[?25h")  # the live line hides the cursor
         os.write(1, f"\nstopped by {signal.Signals(number).name}; resume with: {resume}\n".encode())
         os._exit(1)  # the local Ray and its actors end with this process; waiting for them could take minutes
 
@@ -129,7 +131,7 @@ def verify(out: Out, deep: Annotated[bool, typer.Option("--deep", help="Read eve
     from dinoray.verification import open_run, verify_deep, verify_fast
 
     if deep and fast:
-        raise BadRequest("--deep and --fast exclude each other")
+        raise BadRequest("--deep and --fast exclude each other", todo="give one of them; without one it is --fast")
     store, plan, ledger = open_run(out)
     totals = verify_deep(store, plan, ledger) if deep else verify_fast(store, plan, ledger, write_success=True)
     say(f"whole: {totals['items']} images in {totals['units']} units, {totals['rows']} rows, "
@@ -171,6 +173,8 @@ def run_job_script(model: type[ExtractImagesJob], run: Callable[[Any], int], arg
 def guarded(call: Callable[[], int]) -> int:
     """Run and turn our own errors into a message and their exit code; others keep their traceback (exit 1)."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    for name in ("tifffile", "imagecodecs", "PIL"):  # one line per odd file; what matters becomes a quarantine reason
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         return call()
     except DinorayError as error:

@@ -114,8 +114,8 @@ class ExtractImagesJob(BaseModel):
     """Decoded bytes an actor may hold ahead of the device."""
     rounds: int = Field(3, ge=1)
     """Rounds without one new receipt after which the run gives up."""
-    stall_timeout_s: float = Field(3600.0, gt=0)
-    """Seconds without any sign of life from the actors after which a round is started anew."""
+    stall_timeout_s: float = Field(1800.0, gt=0)
+    """Seconds without any sign of movement from the actors after which a round is started anew."""
     strict: bool = False
     """jobs/*.py: quarantined items make exit code 3 instead of 0."""
 
@@ -196,9 +196,11 @@ def read_job_file(path: str | Path, overrides: list[str] | None = None) -> dict[
     try:
         values = yaml.safe_load(Path(path).read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no UTF-8, dates such as 2024-13-45
-        raise BadRequest(f"cannot read the job file: {error}", where=str(path)) from error
+        raise BadRequest(f"cannot read the job file: {error}", where=str(path),
+                         todo="give the path of a YAML file of `field: value` lines") from error
     if not isinstance(values, dict):
-        raise BadRequest("a job file is a mapping of field: value", where=str(path))
+        raise BadRequest("a job file is a mapping of field: value", where=str(path),
+                         todo=f"fields: {', '.join(ExtractImagesJob.model_fields)}")
     for override in overrides or []:
         key, equals, text = override.partition("=")
         if not equals:

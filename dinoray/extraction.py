@@ -65,9 +65,7 @@ def extract_images(job: ExtractImagesJob, say: Callable[[str], None] = print, *,
     resolved = resolve(job)
     store = open_store(job.out)
     command = command or resume_command(job)
-    say(f"dinoray {resolved.fingerprint}  {resolved.description}")
-    say(f"output {job.out}")
-    say(f"resume with: {command}")
+    say(f"dinoray {resolved.fingerprint}  {resolved.description}  output {job.out}  resume with: {command}")
     sealed = _record_request(store, resolved, command)
     listing = list_items(list(job.sources), pattern=job.pattern, where=dict(job.where), limit=job.limit)
     progress = Progress(say)
@@ -105,6 +103,7 @@ def extract_images(job: ExtractImagesJob, say: Callable[[str], None] = print, *,
             pool(RunnerSpec("image-features", job.out, job=resolved.job.model_dump(mode="json"),
                             weights=None if job.no_ray else resolved.weights_location(), digest=resolved.digest),
                  lambda: plan.pending(ledger.done()), on_receipt)
+        progress.end()
     return _finish(store, plan, ledger, outcome, say)
 
 
@@ -119,6 +118,9 @@ def _record_request(store: Store, resolved: Resolved, command: str) -> bool:
         if stray is not None:
             raise BadRequest(f"the output folder is not empty and not dinoray's (it holds {stray})", where=store.url,
                              todo="choose a new or empty folder for --out") from None
+    except NotADirectoryError as error:
+        raise BadRequest("the output folder is a file, or lies below one", where=store.url,
+                         todo="choose a new or empty folder for --out") from error
     if existing is not None and existing["fingerprint"] != resolved.fingerprint:
         changes = differences(existing["identity"], resolved.identity)
         if sealed:
@@ -163,6 +165,7 @@ def _statistics(store: Store, resolved: Resolved, spool: Spool, pool: Any, progr
 
     pool(RunnerSpec("statistics", job.out, statistics.PREFIX, job=job.model_dump(mode="json")),
          lambda: plan.pending(ledger.done()), on_receipt)
+    progress.end()
     table = statistics.scaling_table(store, ledger.receipts(plan.unit_ids),
                                      (job.scaling_low_percent, job.scaling_high_percent))
     sink = io.BytesIO()
@@ -254,14 +257,16 @@ def _finish(store: Store, plan: Plan, ledger: Ledger, outcome: Outcome, say: Cal
         bad = f", {tally.quarantined} quarantined ({reasons})"
     if tally.degraded_units:
         bad += f", {tally.degraded_units} units with degraded numerics"
-    say(f"dinoray {outcome.fingerprint}  complete: {tally.items} images, {tally.rows} rows{bad}  {outcome.out}")
-    say(f"look at it: dinoray report {shlex.quote(outcome.out)}   same command again: {outcome.resume_command}")
+    say(f"look at it: dinoray report {shlex.quote(outcome.out)}")
+    say(f"dinoray {outcome.fingerprint}  complete: {tally.items} images, {tally.rows} rows{bad}  output {outcome.out}  "
+        f"same command again: {outcome.resume_command}")
     return outcome
 
 
 def resume_command(job: ExtractImagesJob) -> str:
     """A command line that runs the same job again."""
-    words = ["dinoray", "extract", "images", *job.sources, "--out", job.out]
+    last = ["--", *job.sources] if any(source.startswith("-") for source in job.sources) else []
+    words = ["dinoray", "extract", "images", *([] if last else job.sources), "--out", job.out]
     default = type(job).model_fields
     for name, value in job.model_dump(mode="json").items():
         if name in ("sources", "out") or value == default[name].get_default(call_default_factory=True):
@@ -278,4 +283,4 @@ def resume_command(job: ExtractImagesJob) -> str:
             words += [flag, ",".join(str(v) for v in value)]
         else:
             words += [flag, str(value)]
-    return shlex.join(words)
+    return shlex.join([*words, *last])

@@ -17,7 +17,7 @@ LINE_EVERY_S = 30.0
 
 
 class Progress:
-    """`begin` a phase with its total of items, `advance` with the running tally; use as a context manager."""
+    """`begin` a phase with its total of items, `advance` with the running tally, `end`; use as a context manager."""
 
     def __init__(self, say: Callable[[str], None], *, line_every_s: float = LINE_EVERY_S):
         self._say, self._every = say, line_every_s
@@ -26,24 +26,27 @@ class Progress:
         self._phase, self._total, self._before, self._began, self._last = "", 0, 0, 0.0, 0.0
 
     def __enter__(self) -> Progress:
-        if sys.stderr.isatty():
-            self._live = Live(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-                              TextColumn("{task.fields[pace]}"), console=Console(stderr=True), transient=True)
-            self._live.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if self._live is not None:
-            self._live.stop()
+        self.end()
 
     def begin(self, phase: str, *, total: int, tally: Tally) -> None:
         """Start a phase; what `tally` holds already was done by earlier runs and does not count for the pace."""
+        self.end()
         self._phase, self._total, self._before = phase, total, tally.items
         self._began = self._last = time.monotonic()
+        if sys.stderr.isatty():
+            self._live = Live(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+                              TextColumn("{task.fields[pace]}"), console=Console(stderr=True), transient=True)
+            self._task = self._live.add_task(phase, total=total, completed=tally.items, pace="starting")
+            self._live.start()
+
+    def end(self) -> None:
+        """End the phase: the live line goes, so that other lines do not run into it."""
         if self._live is not None:
-            if self._task is not None:
-                self._live.remove_task(self._task)
-            self._task = self._live.add_task(phase, total=total, completed=tally.items, pace="")
+            self._live.stop()
+            self._live = None
 
     def advance(self, tally: Tally) -> None:
         """Show the tally."""

@@ -89,7 +89,7 @@ def resolve(job: ExtractImagesJob) -> Resolved:
     config = backbone.config
     if job.layers and max(job.layers) >= config.depth:
         raise BadRequest(f"layer {max(job.layers)} of {config.name}, which has layers 0..{config.depth - 1}",
-                         where="--layers")
+                         where="--layers", todo="layers are counted from 0; leave --layers out for the last one")
     windows(job.tile_px, job.tile_px, size="tiles", tile_px=job.tile_px, patch=config.patch_size)
     if job.resize_px % config.patch_size:
         raise BadRequest(f"resize_px={job.resize_px} is not a multiple of the patch size {config.patch_size}",

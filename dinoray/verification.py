@@ -10,8 +10,10 @@ import hashlib
 import io
 import json
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dinoray.errors import BadRequest, OutputDamaged
@@ -21,6 +23,7 @@ from dinoray.units import Plan
 
 DATA_FOLDERS = ("features", "dense")
 _SHOWN = 5
+_FOREIGN = "no receipt names"
 
 
 def open_run(url: str) -> tuple[Store, Plan, Ledger]:
@@ -34,19 +37,31 @@ def open_run(url: str) -> tuple[Store, Plan, Ledger]:
 
 
 def verify_fast(store: Store, plan: Plan, ledger: Ledger, *, write_success: bool) -> dict[str, Any]:
-    """Check the output and return its totals; `write_success` stores them as `_SUCCESS`.
+    """Check the output and return its totals; `write_success` stores them as `_SUCCESS`, or removes a stale one.
 
     Raises OutputDamaged listing what is missing, foreign, or of another size; an incomplete output counts.
     """
+    try:
+        totals = _check_fast(store, plan, ledger)
+    except OutputDamaged:
+        if write_success:
+            store.delete("_SUCCESS")
+        raise
+    if write_success:
+        store.put("_SUCCESS", json.dumps(totals, indent=1, sort_keys=True).encode())
+    return totals
+
+
+def _check_fast(store: Store, plan: Plan, ledger: Ledger) -> dict[str, Any]:
     done = ledger.done()
     missing = [plan.unit_ids[n] for n in plan.pending(done)]
     if missing:
         raise OutputDamaged(f"{len(missing)} of {len(plan)} units are not done: {_some(missing)}", where=store.url,
                             todo="run the same command again: it does what is missing")
     expected: dict[str, int] = {}
-    totals = {"units": 0, "items": 0, "rows": 0, "row_items": 0, "quarantined": 0, "bytes": 0}
+    totals: dict[str, Any] = {"units": 0, "items": 0, "rows": 0, "row_items": 0, "quarantined": 0, "bytes": 0}
     problems: list[str] = []
-    tables: list[tuple[Receipt, str]] = []
+    tables: list[tuple[str, int]] = []
     for receipt in ledger.receipts(plan.unit_ids):
         totals["units"] += 1
         for name in ("items", "rows", "row_items", "quarantined"):
@@ -58,12 +73,12 @@ def verify_fast(store: Store, plan: Plan, ledger: Ledger, *, write_success: bool
             expected[stored.key] = stored.bytes
             totals["bytes"] += stored.bytes
             if stored.key.startswith("features/"):
-                tables.append((receipt, stored.key))
+                tables.append((stored.key, receipt.rows))
     if totals["items"] != plan.num_items:
         problems.append(f"the receipts hold {totals['items']} inputs, the plan {plan.num_items}")
     found = {key: size for folder in (*DATA_FOLDERS, f"{ledger.prefix}/quarantine") for key, size in store.list(folder)}
     problems += [f"missing: {key}" for key in expected if key not in found]
-    problems += [f"no receipt names: {key}" for key in found if key not in expected]
+    problems += [f"{_FOREIGN}: {key}" for key in found if key not in expected]
     problems += [f"{key}: {found[key]} bytes, the receipt says {size}" for key, size in expected.items()
                  if key in found and found[key] != size]
     if not problems:
@@ -71,8 +86,6 @@ def verify_fast(store: Store, plan: Plan, ledger: Ledger, *, write_success: bool
             problems += [p for p in pool.map(lambda t: _footer(store, *t), tables) if p]
     _raise_if(problems, store)
     totals["fingerprint"] = plan.facts["fingerprint"]
-    if write_success:
-        store.put("_SUCCESS", json.dumps(totals, indent=1, sort_keys=True).encode())
     return totals
 
 
@@ -84,15 +97,20 @@ def verify_deep(store: Store, plan: Plan, ledger: Ledger) -> dict[str, Any]:
     totals = verify_fast(store, plan, ledger, write_success=False)
     with ThreadPoolExecutor(4) as pool:
         pairs = zip(plan.units(), ledger.receipts(plan.unit_ids), strict=True)
-        problems = [p for found in pool.map(lambda pair: _deep_unit(store, *pair), pairs) for p in found]
+        problems: list[str] = []
+        while some := list(islice(pairs, 64)):  # `map` takes all it is given at once, and a plan may be large
+            problems += [p for found in pool.map(lambda pair: _deep_unit(store, *pair), some) for p in found]
     _raise_if(problems, store)
     return totals
 
 
-def _footer(store: Store, receipt: Receipt, key: str) -> str | None:
+def _footer(store: Store, key: str, expected: int) -> str | None:
     with store.open(key) as file:
-        rows = pq.read_metadata(file).num_rows
-    return None if rows == receipt.rows else f"{key}: {rows} rows, the receipt says {receipt.rows}"
+        try:
+            rows = pq.read_metadata(file).num_rows
+        except (pa.ArrowException, OSError) as error:
+            return f"{key}: its footer cannot be read ({error})"
+    return None if rows == expected else f"{key}: {rows} rows, the receipt says {expected}"
 
 
 def _deep_unit(store: Store, unit: Any, receipt: Receipt) -> list[str]:
@@ -123,7 +141,10 @@ def _some(names: list[str]) -> str:
 
 def _raise_if(problems: list[str], store: Store) -> None:
     if problems:
+        todo = ["delete the receipts of the units named and run the same command again"]
+        if any(problem.startswith(_FOREIGN) for problem in problems):
+            todo = ["remove what no receipt names", *([] if all(p.startswith(_FOREIGN) for p in problems) else todo)]
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise OutputDamaged(f"the output differs from its receipts in {len(problems)} places:\n  "
                             + "\n  ".join(problems[:20]) + more, where=store.url,
-                            todo="delete the receipts of the units named and run the same command again")
+                            todo="; ".join(todo))

@@ -113,7 +113,8 @@ def tiny_backbone(config: BackboneConfig = TINY, weights: str = "random:0") -> B
 
 def use_tiny_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let jobs in this process compute with `tiny_backbone`, whatever model they name."""
-    monkeypatch.setattr("dinoray.vision.weights.load_backbone", lambda *args, **kwargs: tiny_backbone())
+    backbone = tiny_backbone()
+    monkeypatch.setattr("dinoray.vision.weights.load_backbone", lambda *args, **kwargs: backbone)
 
 
 class DictStore(Store):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,9 +19,10 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 from ray.data._internal.logging import configure_logging
 
-from dinoray.cluster.resources import ActorShape, connect
+from dinoray.cluster.resources import ActorShape
 from dinoray.errors import DinorayError, NoProgress, SystemicError
 from dinoray.ledger import Receipt
+from dinoray.runners.base import Runner
 from dinoray.runners.build import RunnerSpec, build_runner
 
 logger = logging.getLogger(__name__)
@@ -28,16 +30,55 @@ logger = logging.getLogger(__name__)
 SINGLE_UNIT_LEASES = 2000
 """Up to this many pending units a lease is one unit; above, leases grow so that blocks stay few."""
 LARGEST_LEASE = 8
+BEAT_S = 2.0
+"""How often an actor says that it moves."""
+
+
+@ray.remote(num_cpus=0)
+class Monitor:
+    """Hears from the actors that they move; the driver asks it before it takes silence for a hang."""
+
+    def __init__(self) -> None:
+        self.last = 0.0
+        self.handles: list[Any] = []
+
+    def register(self, handle: Any) -> None:
+        """An actor has come up; its first beat."""
+        self.handles.append(handle)
+        self.beat()
+
+    def actors(self) -> list[Any]:
+        """Handles of all actors that ever came up."""
+        return self.handles
+
+    def beat(self) -> None:
+        """An actor has done something since it last said so."""
+        self.last = time.time()
+
+    def last_beat(self) -> float:
+        """Time of the last beat (s since the epoch), 0 before the first."""
+        return self.last
 
 
 class LeaseActor:
     """A Ray Data actor: builds its runner once, then runs leases. Only receipts leave it."""
 
-    def __init__(self, spec: RunnerSpec):
+    def __init__(self, spec: RunnerSpec, monitor: Any):
+        monitor.register.remote(ray.get_runtime_context().current_actor)
+        self.runner: Runner | None = None
         try:
             self.runner, self.trouble = build_runner(spec), ""
         except DinorayError as error:  # told by the first lease: an actor that dies at birth is retried for minutes
             self.trouble = f"systemic: {error}"
+        threading.Thread(target=self._beat, args=(monitor,), daemon=True, name="heartbeat").start()
+
+    def _beat(self, monitor: Any) -> None:
+        seen = -1
+        while self.runner is not None:
+            if self.runner.beats != seen:
+                seen = self.runner.beats
+                monitor.beat.remote()
+            time.sleep(BEAT_S)
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, list[str]]]:
         if self.trouble:
@@ -88,18 +129,23 @@ def _round(spec: RunnerSpec, pending: list[int], seen: set[str], on_receipt: Cal
     """One Dataset over the pending units; returns the last trouble, or an empty text."""
     rows: queue.Queue[Any] = queue.Queue()
     stop = threading.Event()
-    thread = threading.Thread(target=_execute, args=(spec, pending, shape, rows, stop), daemon=True)
+    monitor = Monitor.remote()
+    thread = threading.Thread(target=_execute, args=(spec, pending, shape, monitor, rows, stop), daemon=True)
     thread.start()
     trouble = ""
     try:
         while True:
             try:
-                row = rows.get(timeout=stall_timeout_s)
+                row = rows.get(timeout=min(BEAT_S, stall_timeout_s))
             except queue.Empty:
-                trouble = f"no receipt for {stall_timeout_s:.0f} s"
+                silent_s = time.time() - (ray.get(monitor.last_beat.remote()) or time.time())  # 0 until an actor is up
+                if silent_s < stall_timeout_s:
+                    continue
+                trouble = f"no actor has moved for {silent_s:.0f} s"
                 logger.warning("%s: starting a new round", trouble)
-                ray.shutdown()  # ends the actors of this driver; connect() starts anew
-                connect()
+                for actor in ray.get(monitor.actors.remote()):
+                    ray.kill(actor, no_restart=True)  # SIGKILL: ends stopped processes too
+                thread.join(timeout=60)
                 return trouble
             if row is None:
                 return trouble
@@ -121,7 +167,8 @@ def _round(spec: RunnerSpec, pending: list[int], seen: set[str], on_receipt: Cal
         stop.set()
 
 
-def _execute(spec: RunnerSpec, pending: list[int], shape: ActorShape, rows: queue.Queue, stop: threading.Event) -> None:
+def _execute(spec: RunnerSpec, pending: list[int], shape: ActorShape, monitor: Any, rows: queue.Queue,
+             stop: threading.Event) -> None:
     """Run the Dataset (own thread, so that the caller can watch the clock) and queue its rows, then None."""
     try:
         context = DataContext.get_current().copy()
@@ -134,7 +181,7 @@ def _execute(spec: RunnerSpec, pending: list[int], shape: ActorShape, rows: queu
         texts = leases(pending)
         with DataContext.current(context):
             dataset = ray.data.from_items([{"units": text} for text in texts], override_num_blocks=len(texts))
-            dataset = dataset.map_batches(LeaseActor, fn_constructor_args=(spec,), batch_size=1,
+            dataset = dataset.map_batches(LeaseActor, fn_constructor_args=(spec, monitor), batch_size=1,
                                           compute=strategy(shape, len(texts)), num_cpus=shape.num_cpus,
                                           num_gpus=shape.num_gpus)
             quiet_console()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import ray
@@ -39,9 +43,28 @@ def connect() -> bool:
         return False
     # the C++ side shouts that actors have constructor arguments; ours are a few hundred bytes
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    ray.init(address="local", include_dashboard=False, object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-             _node_ip_address="127.0.0.1", **settings)
+    with quiet_stderr():
+        ray.init(address="local", include_dashboard=False, object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+                 _node_ip_address="127.0.0.1", **settings)
     return True
+
+
+@contextlib.contextmanager
+def quiet_stderr() -> Iterator[None]:
+    """Hold back what Ray's C++ side prints while it starts; if the start fails, it is shown after all."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held.seek(0)
+            os.write(kept, held.read())
+            raise
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def actor_shape(workers: str, *, device: str, decode_threads: int | None, compute_threads: int | None) -> ActorShape:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import resource
 import sys
+from pathlib import Path
 
 import psutil
 
@@ -40,3 +42,13 @@ def tree_uss(pid: int | None = None) -> int:
 def available_cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_vendor() -> str:
+    """Vendor of the processor (`AuthenticAMD`, `GenuineIntel`), else its architecture: math libraries go by it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    found = [line.split(":", 1)[1].strip() for line in lines if line.startswith("vendor_id")]
+    return found[0] if found else platform.machine()

@@ -33,6 +33,9 @@ DECODED_PER_FILE_BYTE = 4
 class Runner(Protocol):
     """What a pool runs: anything with `lease` and `close`."""
 
+    beats: int
+    """Grows whenever the runner has done something: what a watchdog looks at."""
+
     def lease(self, numbers: Sequence[int]) -> Iterator[Receipt]: ...
 
     def close(self) -> None: ...
@@ -67,6 +70,7 @@ class UnitRunner:
     def __init__(self, plan: Plan, ledger: Ledger, *, decode_threads: int, prefetch_bytes: int):
         self.plan, self.ledger = plan, ledger
         self.decode_threads, self.prefetch_bytes = decode_threads, prefetch_bytes
+        self.beats = 0
         self._pool = ThreadPoolExecutor(decode_threads, thread_name_prefix="decode")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="commit")
         self._putter = ThreadPoolExecutor(2, thread_name_prefix="put")
@@ -95,7 +99,7 @@ class UnitRunner:
         storing: Future[Receipt] | None = None
         for _, entries in groupby(stream, key=lambda entry: entry.unit.number):
             start = next(entries)
-            next_one = None if start.receipt is not None else self._run(start, entries)
+            next_one = None if start.receipt is not None else self._run(start, entries)  # noqa: B031
             if storing is not None:
                 yield storing.result()
             if start.receipt is not None:
@@ -119,6 +123,7 @@ class UnitRunner:
         return self._pool.submit(self._load, *work)
 
     def _load(self, unit: Unit, item: Item) -> Loaded:
+        self.beats += 1
         try:
             return Loaded(unit, item, value=self.load(item))
         except ItemError as error:

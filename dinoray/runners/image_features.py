@@ -7,6 +7,7 @@ once, each on one thread), and the rows are written in plan order.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -27,17 +28,22 @@ from dinoray.io.items import Item
 from dinoray.io.stores import safe_join
 from dinoray.io.tables import as_vector_dtype, dense_columns, feature_schema, write_table
 from dinoray.ledger import Ledger, Receipt
+from dinoray.memory.meter import cpu_vendor
 from dinoray.runners.base import Finish, Loaded, UnitRunner
 from dinoray.units import Plan, Unit
 from dinoray.vision import intensity
 from dinoray.vision.backbone import Backbone
 from dinoray.vision.extractor import Crop, Extractor, column_names
+from dinoray.vision.kernels import onednn_ready
 from dinoray.vision.quality import check_pixels, quality
 from dinoray.vision.tiling import windows
 
-
 PUTS_IN_FLIGHT = 3
 """Dense shards that may wait to be stored, per unit."""
+
+
+MAX_FOLDER = 200
+"""Characters of a plate's folder; file systems allow 255 bytes."""
 
 
 @dataclass
@@ -115,7 +121,7 @@ class ImageFeatureRunner(UnitRunner):
         boxes = windows(height, width, size=job.size, tile_px=job.tile_px,
                         patch=self.extractor.backbone.config.patch_size)
         check_pixels(pixels)
-        names = image.channel_names or intensity.default_names(len(pixels), image.is_rgb8)
+        names = intensity.channel_names(image.channel_names, len(pixels), image.is_rgb8)
         pixel_size = image.pixel_size_um or job.pixel_size_um
         percents = (job.scaling_low_percent, job.scaling_high_percent)
         rows = []
@@ -217,6 +223,7 @@ class ImageFeatureRunner(UnitRunner):
 
     def _collect(self, state: _UnitState, dense: DenseWriter, part: str, seconds: dict[str, float]) -> None:
         """Take the oldest batch's features into its rows; batches end in the order they began."""
+        self.beats += 1
         group, future = state.running.popleft()
         began = time.monotonic()
         result, compute_s = future.result()
@@ -264,18 +271,27 @@ class ImageFeatureRunner(UnitRunner):
 
 
 def device_kind(device: torch.device) -> str:
-    """What must be equal for bytes to be equal: the CPU's instruction set, or the GPU's name."""
+    """What must be equal for bytes to be equal: the CPU's vendor and instruction set, or the GPU's name."""
     if device.type == "cuda":
         return f"cuda {torch.cuda.get_device_name(device)}"
-    return f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    native = " bfloat16" if onednn_ready(torch.bfloat16) else ""
+    return f"cpu {cpu_vendor()} {torch.backends.cpu.get_cpu_capability()}{native}"
 
 
 def _folder(plate: str | None) -> str:
-    """The plain, percent-encoded folder of a plate, with a slash, or nothing. `.` and `..` are encoded too."""
+    """The plain, percent-encoded folder of a plate, with a slash, or nothing.
+
+    A leading `.` or `_` is encoded too (readers of Parquet folders pass over such names), and names that file
+    systems would refuse end in a hash.
+    """
     if not plate:
         return ""
     name = quote(plate, safe="")
-    return safe_join(name if name.strip(".") else name.replace(".", "%2E")) + "/"
+    if name[0] in "._":
+        name = f"%{ord(name[0]):02X}{name[1:]}"
+    if len(name) > MAX_FOLDER:
+        name = f"{name[:MAX_FOLDER - 17]}-{hashlib.sha256(plate.encode()).hexdigest()[:16]}"
+    return safe_join(name) + "/"
 
 
 def _for_torch(pixels: np.ndarray) -> np.ndarray:

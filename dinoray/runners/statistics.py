@@ -22,7 +22,7 @@ from dinoray.io.stores import Store
 from dinoray.ledger import Ledger, Receipt
 from dinoray.runners.base import Finish, Loaded, UnitRunner
 from dinoray.units import Plan, Unit
-from dinoray.vision.intensity import Scaling, default_names
+from dinoray.vision.intensity import Scaling, channel_names
 from dinoray.vision.quality import check_pixels, histogram_percentiles
 
 PREFIX = "_dinoray/stats"
@@ -51,7 +51,7 @@ class StatisticsRunner(UnitRunner):
         began = time.monotonic()
         histograms = {}
         if not image.is_rgb8:  # 8-bit RGB is divided by 255, no statistics needed
-            names = image.channel_names or default_names(len(image.pixels), image.is_rgb8)
+            names = channel_names(image.channel_names, len(image.pixels), image.is_rgb8)
             histograms = {name: histogram(plane) for name, plane in zip(names, image.pixels, strict=True)}
         return histograms, loaded.read_s, loaded.decode_s + time.monotonic() - began, loaded.num_bytes
 
@@ -94,8 +94,13 @@ def histogram(plane: np.ndarray) -> Histogram:
         counts = np.bincount(plane.reshape(-1))
         values = np.flatnonzero(counts)
         return values.astype(np.float64), counts[values]
-    step = int(np.ceil(np.sqrt(plane.size / FLOAT_VALUES)))
-    return np.unique(plane[step // 2::step, step // 2::step].astype(np.float64), return_counts=True)
+    height, width = plane.shape
+    y = x = int(np.ceil(np.sqrt(plane.size / FLOAT_VALUES)))
+    if height < y:  # a line scan: one line of it
+        y, x = height, int(np.ceil(width / FLOAT_VALUES))
+    elif width < x:
+        y, x = int(np.ceil(height / FLOAT_VALUES)), width
+    return np.unique(plane[y // 2::y, x // 2::x].astype(np.float64), return_counts=True)
 
 
 def merge(parts: list[Histogram]) -> Histogram:

@@ -39,6 +39,18 @@ def default_names(num_channels: int, is_rgb8: bool) -> tuple[str, ...]:
     return ("gray",) if num_channels == 1 else tuple(str(i) for i in range(num_channels))
 
 
+def channel_names(given: tuple[str, ...] | None, num_channels: int, is_rgb8: bool) -> tuple[str, ...]:
+    """The names of an image's channels, each once: a file may call two channels DAPI; the second is DAPI_2."""
+    names: list[str] = []
+    for name in given or default_names(num_channels, is_rgb8):
+        unique, number = name, 1
+        while unique in names:
+            number += 1
+            unique = f"{name}_{number}"
+        names.append(unique)
+    return tuple(names)
+
+
 def channel_rows(policy: str, names: tuple[str, ...], is_rgb8: bool) -> list[ChannelRow]:
     """The rows that a channel policy makes of an image with these channels (design 4.5).
 

@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tifffile
@@ -163,8 +164,6 @@ def test_groups_that_span_parts_are_held_only_while_they_are_open() -> None:
                 tables.append({"group": [group] * len(values), "channel": [channel] * len(values),
                                "value": values.astype(float).tolist(), "count": counts.tolist()})
         sink = io.BytesIO()
-        import pyarrow as pa
-
         pq.write_table(pa.concat_tables(pa.table(t, schema=HISTOGRAM_SCHEMA) for t in tables), sink)
         stored = Ledger(store, PREFIX).put_object(f"{PREFIX}/part-{number}.parquet", sink.getvalue())
         receipts.append(Receipt(unit=str(number), number=number, fingerprint="f", objects=[stored]))

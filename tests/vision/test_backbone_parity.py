@@ -106,6 +106,21 @@ def test_usual_sizes_equal_transformers(height, width):
 
 
 @torch.inference_mode()
+def test_batches_that_run_in_groups_equal_transformers(monkeypatch):
+    monkeypatch.setattr(backbone_module, "CPU_TOKENS", 60)
+    model, _, backbone = pair(TINY_SWIGLU)
+    x = pixels(7, 12, 20)  # 20 tokens an image: groups of 3, 3 and 1
+    mask = torch.rand(7, 3, 5, generator=torch.Generator().manual_seed(0)) < 0.4
+    reference = model(x, bool_masked_pos=mask.flatten(1), output_hidden_states=True)
+    assert_tokens(backbone(x, mask=mask), reference.last_hidden_state, backbone.config)
+    assert_tokens(
+        backbone(x, layers=(0,)).layers[0],
+        model.norm(model(x, output_hidden_states=True).hidden_states[1]),
+        backbone.config,
+    )
+
+
+@torch.inference_mode()
 def test_7b_block_in_true_width():
     config = replace(variant("vit7b16"), depth=1)
     model = oracles.hugging_face(config, seed=3)
@@ -355,6 +370,7 @@ def test_sizes_that_are_no_multiple_are_refused(tiny, height, width):
     [
         ({"pixels": torch.zeros(1, 1, 8, 8)}, "give pixels as"),
         ({"pixels": torch.zeros(3, 8, 8)}, "give pixels as"),
+        ({"pixels": torch.zeros(0, 3, 8, 8)}, "B at least 1"),
         ({"pixels": torch.zeros(1, 3, 8, 8, dtype=torch.uint8)}, "scale to"),
         ({"pixels": torch.zeros(1, 3, 8, 8), "layers": (0, 2)}, "from 0 to 1"),
         ({"pixels": torch.zeros(1, 3, 8, 8), "layers": (-1,)}, "from 0 to 1"),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from dinoray.errors import BadRequest, ItemError
 from dinoray.vision.intensity import (
     ChannelRow,
+    channel_names,
     channel_rows,
     clahe,
     clahe_tile,
@@ -61,6 +62,14 @@ def test_default_names() -> None:
     assert default_names(1, False) == ("gray",)
     assert default_names(3, True) == ("R", "G", "B")
     assert default_names(3, False) == ("0", "1", "2")
+
+
+def test_names_of_channels_are_each_there_once() -> None:
+    assert channel_names(None, 2, False) == ("0", "1")
+    assert channel_names(None, 3, True) == ("R", "G", "B")
+    assert channel_names(("a", "b"), 2, False) == ("a", "b")
+    assert channel_names(("a", "b", "a", "a"), 4, False) == ("a", "b", "a_2", "a_3")
+    assert len(set(channel_names(("a", "a", "a_2", "a_2"), 4, False))) == 4
 
 
 # ---------------------------------------------------------------- scaling
