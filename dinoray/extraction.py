@@ -19,12 +19,12 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from dinoray.config import ExtractImagesJob, canonical_json
-from dinoray.errors import BadRequest, ChangedRequest, TooManyFailures
+from dinoray.errors import BadRequest, ChangedRequest, OutputDamaged, TooManyFailures
 from dinoray.io.sources import list_items
 from dinoray.io.stores import LocalStore, Store, is_local, local_path, open_store
 from dinoray.ledger import Ledger, Receipt, Tally
-from dinoray.planning import Spool, check_same_inputs, spool_items, write_plan
 from dinoray.memory.meter import available_cores
+from dinoray.planning import Spool, check_same_inputs, spool_items, write_plan
 from dinoray.progress import Progress
 from dinoray.resolve import Resolved, resolve
 from dinoray.runners.build import RunnerSpec, build_runner
@@ -112,8 +112,9 @@ def _record_request(store: Store, resolved: Resolved, command: str) -> bool:
     sealed = Plan.exists(store)
     try:
         existing = json.loads(store.get("_dinoray/job.json"))
+        before: tuple[str, Any] | None = existing["fingerprint"], existing["identity"]
     except FileNotFoundError:
-        existing = None
+        before = None
         stray = next((key for key, _ in store.list() if not key.startswith("_dinoray/tmp/")), None)
         if stray is not None:
             raise BadRequest(f"the output folder is not empty and not dinoray's (it holds {stray})", where=store.url,
@@ -121,12 +122,15 @@ def _record_request(store: Store, resolved: Resolved, command: str) -> bool:
     except NotADirectoryError as error:
         raise BadRequest("the output folder is a file, or lies below one", where=store.url,
                          todo="choose a new or empty folder for --out") from error
-    if existing is not None and existing["fingerprint"] != resolved.fingerprint:
-        changes = differences(existing["identity"], resolved.identity)
+    except (ValueError, KeyError, TypeError) as error:
+        raise OutputDamaged(f"the record of the job cannot be read: {error!r}", where=f"{store.url}/_dinoray/job.json",
+                            todo="restore it from a copy, or use a new --out") from error
+    if before is not None and before[0] != resolved.fingerprint:
+        changes = differences(before[1], resolved.identity)
         if sealed:
             raise ChangedRequest("this output was made with other settings:\n  " + "\n  ".join(changes),
                                  where=store.url, todo="use another --out, or the same settings to resume")
-    if existing is None or not sealed:
+    if before is None or not sealed:
         content = {"fingerprint": resolved.fingerprint, "identity": resolved.identity, "command": command,
                    "job": resolved.job.model_dump(mode="json"), "weights": resolved.weights_facts}
         store.put("_dinoray/job.json", json.dumps(content, indent=1, sort_keys=True).encode())

@@ -59,8 +59,7 @@ class Spool:
         """The rows, in listing order, with `problem` filled for ids that occur more than once."""
         self._file.seek(0)
         with pa.ipc.open_stream(self._file) as reader:
-            for batch in reader:
-                yield batch
+            yield from reader
 
     def rows(self) -> Iterator[tuple[dict[str, Any], bytes]]:
         """(row of ITEM_SCHEMA, digest) of every item."""
@@ -94,7 +93,7 @@ def spool_items(items: Iterable[Item], *, sample: int = 0) -> Spool:
 
     Raises BadRequest when there is no item.
     """
-    spool = Spool(_file=tempfile.TemporaryFile(prefix="dinoray-plan-"))
+    spool = Spool(_file=tempfile.TemporaryFile(prefix="dinoray-plan-"))  # noqa: SIM115 (closed by Spool.__exit__)
     hasher = hashlib.sha256()
     hashes = array("Q")
     columns: dict[str, None] = {}

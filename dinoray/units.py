@@ -11,6 +11,7 @@ ids on any machine. Worker count and node type are not in it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -173,13 +174,26 @@ class PlanWriter:
         self.store.put(f"{self.prefix}/plan/index.parquet", sink.getbuffer())
 
 
+@contextlib.contextmanager
+def _readable(where: str) -> Iterator[None]:
+    """OutputDamaged for a file of the plan whose bytes are there but make no sense."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise OutputDamaged(f"the plan cannot be read: {error}", where=where,
+                            todo="restore this file from a copy, or use a new --out") from error
+
+
 class Plan:
     """A sealed plan, read back: the index in memory, the items of a unit on demand."""
 
     def __init__(self, store: Store, prefix: str = "_dinoray"):
         self.store, self.prefix = store, prefix
-        table = pq.read_table(io.BytesIO(store.get(f"{prefix}/plan/index.parquet")))
-        self.facts: dict[str, Any] = json.loads(table.schema.metadata[b"dinoray"])
+        key = f"{prefix}/plan/index.parquet"
+        data = store.get(key)
+        with _readable(f"{store.url}/{key}"):
+            table = pq.read_table(io.BytesIO(data))
+            self.facts: dict[str, Any] = json.loads(table.schema.metadata[b"dinoray"])
         self.index = table
         self.unit_ids: list[str] = table["unit_id"].to_pylist()
         self._file = lru_cache(maxsize=2)(self._open_file)
@@ -198,11 +212,18 @@ class Plan:
         return len(self.unit_ids)
 
     def _open_file(self, number: int) -> pq.ParquetFile:
-        return pq.ParquetFile(io.BytesIO(self.store.get(f"{self.prefix}/plan/{number:05d}.parquet")))
+        data = self.store.get(self._key(number))
+        with _readable(f"{self.store.url}/{self._key(number)}"):
+            return pq.ParquetFile(io.BytesIO(data))
+
+    def _key(self, number: int) -> str:
+        return f"{self.prefix}/plan/{number:05d}.parquet"
 
     def unit(self, number: int) -> Unit:
         """Unit `number`, from its row group. Raises OutputDamaged when index and file disagree."""
-        table = self._file(number // UNITS_PER_FILE).read_row_group(number % UNITS_PER_FILE)
+        file = self._file(number // UNITS_PER_FILE)
+        with _readable(f"{self.store.url}/{self._key(number // UNITS_PER_FILE)}"):
+            table = file.read_row_group(number % UNITS_PER_FILE)
         if table.num_rows != self.index["num_items"][number].as_py():
             raise OutputDamaged(f"unit {number} has another number of items in the plan file than in the index",
                                 where=f"{self.store.url}/{self.prefix}/plan",

@@ -87,8 +87,29 @@ def test_the_bar_stops_when_the_run_fails(monkeypatch: pytest.MonkeyPatch) -> No
             return True
 
     monkeypatch.setattr("sys.stderr", Terminal())
+    seen = []
     with pytest.raises(RuntimeError, match="boom"), Progress(print) as shown:
-        live = shown._live
+        shown.begin("images", total=2, tally=Tally())
+        seen.append(shown._live)
         raise RuntimeError("boom")
-    assert live is not None
-    assert not live.live.is_started
+    assert seen[0] is not None
+    assert not seen[0].live.is_started
+
+
+def test_the_bar_is_gone_between_phases(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr("sys.stderr", Terminal())
+    with Progress(print) as shown:
+        assert shown._live is None
+        shown.begin("statistics", total=2, tally=Tally())
+        first = shown._live
+        shown.end()
+        assert first is not None
+        assert not first.live.is_started
+        shown.begin("images", total=2, tally=Tally())
+        shown.begin("images again", total=2, tally=Tally())
+        shown.end()
+        shown.end()

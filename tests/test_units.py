@@ -135,6 +135,17 @@ def test_fingerprint_is_of_content_not_order() -> None:
 # ---------------------------------------------------------------- files of the plan
 
 
+@pytest.mark.parametrize("key", ["_dinoray/plan/index.parquet", "_dinoray/plan/00000.parquet"])
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"x" * 500])
+def test_plan_files_that_cannot_be_read_are_damage_by_name(key: str, content: bytes) -> None:
+    store = DictStore()
+    make_plan(store, [make_item("a")])
+    store.objects[key] = content
+    with pytest.raises(OutputDamaged, match="the plan cannot be read") as caught:
+        Plan(store).unit(0)
+    assert caught.value.where.endswith(key)
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 6, 7])
 def test_unit_u_is_row_group_u_mod_n_of_file_u_div_n(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr(units, "UNITS_PER_FILE", 3)

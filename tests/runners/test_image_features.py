@@ -15,7 +15,6 @@ import pytest
 import tifffile
 import torch
 import zarr
-from PIL import Image
 
 from dinoray import open_features
 from dinoray.errors import BadRequest
