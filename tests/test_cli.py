@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -243,8 +244,6 @@ FIELDS = {
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(fields=st.fixed_dictionaries({}, optional=FIELDS), sources=st.lists(WORD, min_size=1, max_size=3), out=WORD)
 def test_the_resume_command_is_the_same_job(monkeypatch, fields: dict, sources: list[str], out: str) -> None:
-    import shlex
-
     job = ExtractImagesJob(sources=tuple(sources), out=out, **fields)
     seen: list[ExtractImagesJob] = []
     monkeypatch.setattr("dinoray.extraction.extract_images", lambda job, say: seen.append(job) or _Done())
@@ -262,8 +261,6 @@ class _Done:
 
 
 def test_the_resume_command_of_words_that_look_like_flags(monkeypatch) -> None:
-    import shlex
-
     job = ExtractImagesJob(sources=("-in", "--where"), out="-out", pattern="-p", where={"-k": "-v"})
     seen: list[ExtractImagesJob] = []
     monkeypatch.setattr("dinoray.extraction.extract_images", lambda job, say: seen.append(job) or _Done())

@@ -69,7 +69,8 @@ def test_exactly_one_of_many_commits_wins(store: Store) -> None:
     assert ledger.receipt("u") == kept[0]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", '"x"', "{}", '{"objects": null}', '{"objects": [{"key": "a"}]}',
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", '"x"', "{}", '{"objects": null}',
+                                  '{"objects": [{"key": "a"}]}',
                                   '{"objects": [], "unit": "u"}', "\xff"])
 def test_a_receipt_that_cannot_be_read_is_damage_with_its_key_and_what_to_do(text: str) -> None:
     ledger = Ledger(DictStore({"_dinoray/receipts/u.json": text.encode("latin-1")}))

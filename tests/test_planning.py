@@ -57,7 +57,8 @@ GROUPED = st.lists(st.tuples(st.integers(0, 40), st.sampled_from(["g", "h", ""])
 
 @settings(deadline=None, max_examples=60)
 @given(listing=GROUPED, sample=st.integers(1, 5), spool_rows=st.integers(1, 7), random=st.randoms())
-def test_the_sample_is_the_smallest_hashes_whatever_the_order(listing: list, sample: int, spool_rows: int, random) -> None:
+def test_the_sample_is_the_smallest_hashes_whatever_the_order(listing: list, sample: int, spool_rows: int,
+                                                                  random) -> None:
     items = [make_item(f"{group}{i}", group=group) for i, group in listing]
     shuffled = random.sample(items, len(items))
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Units and the plan: every item once, never across plates, within the limits, and the same ids for the same request."""
+"""Units and the plan: every item once, never across plates, within the limits, the same ids for the same request."""
 
 from __future__ import annotations
 
@@ -80,7 +80,8 @@ OTHERS = {
     "id": replace(ONE, item_id="b"), "uri": replace(ONE, files=(FileRef("/in/b", 5, "1"),)),
     "size": replace(ONE, files=(FileRef("/in/a", 6, "1"),)), "version": replace(ONE, files=(FileRef("/in/a", 5, "2"),)),
     "channel": replace(ONE, channels=("ch2",)), "group": replace(ONE, group="h"), "plate": replace(ONE, plate=None),
-    "metadata": replace(ONE, metadata={"Metadata_Well": "A02"}), "no value": replace(ONE, metadata={"Metadata_Well": None}),
+    "metadata": replace(ONE, metadata={"Metadata_Well": "A02"}), 
+    "no value": replace(ONE, metadata={"Metadata_Well": None}),
     "more files": replace(ONE, files=ONE.files * 2),
 }
 
@@ -115,7 +116,8 @@ def test_the_scaling_of_a_group_enters_only_its_units() -> None:
 
     def ids(table: dict[str, str]) -> list[str]:
         store = DictStore()
-        writer = PlanWriter(store, "x", "f", max_items=5, max_bytes=99, group_salt=lambda g: repr([table[n] for n in g]))
+        writer = PlanWriter(store, "x", "f", max_items=5, max_bytes=99,
+                            group_salt=lambda g: repr([table[n] for n in g]))
         for item in items:
             writer.add(item_row(item), item_digest(item))
         writer.seal()

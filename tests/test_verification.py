@@ -166,7 +166,8 @@ def edit_receipt(out: Path, **changes: object) -> Path:
 
 
 @pytest.mark.parametrize(("changes", "needle"), [
-    ({"rows": 99}, "99"), ({"items": 8}, "8 inputs"), ({"quarantined": 1}, "1 quarantined"), ({"row_items": 1}, "1 with rows"),
+    ({"rows": 99}, "99"), ({"items": 8}, "8 inputs"), ({"quarantined": 1}, "1 quarantined"),
+    ({"row_items": 1}, "1 with rows"),
 ])
 def test_a_receipt_that_does_not_add_up(out: Path, changes: dict, needle: str) -> None:
     edit_receipt(out, **changes)

@@ -38,6 +38,9 @@ from dinoray.vision.kernels import onednn_ready
 from dinoray.vision.quality import check_pixels, quality
 from dinoray.vision.tiling import windows
 
+WAITING_BYTES = 256 * 2**20
+"""Crops of many different shapes may wait for company up to this; then the largest group goes as it is. Only the
+order of the plan decides when, so it changes no byte from run to run."""
 PUTS_IN_FLIGHT = 3
 """Dense shards that may wait to be stored, per unit."""
 
@@ -73,6 +76,8 @@ class _UnitState:
     """Item position -> its rows, features filled in as batches finish."""
     bad: dict[int, ItemError] = field(default_factory=dict)
     waiting: dict[tuple, list[tuple[int, int, Crop]]] = field(default_factory=dict)
+    """Crops by key that are not a whole micro-batch yet."""
+    waiting_bytes: int = 0
     running: deque[tuple[list[tuple[int, int, Crop]], Future]] = field(default_factory=deque)
 
 
@@ -157,6 +162,7 @@ class ImageFeatureRunner(UnitRunner):
         split_before = self.extractor.split_batches
         seconds = dict.fromkeys(("read", "decode", "prepare", "wait_decode", "compute", "wait_compute", "wait_write", "write"), 0.0)
         receipt.seconds = seconds
+        receipt.worker |= {"decode_threads": self.decode_threads, "compute_threads": self.compute_threads}
         part = f"dense/{_folder(unit.plate)}part-{unit.id}.zarr"
         puts: list[Future] = []
 
@@ -185,7 +191,7 @@ class ImageFeatureRunner(UnitRunner):
                 self._gather(state, position, number, row.crop, dense, part, seconds)
                 row.crop = None
         for key in list(state.waiting):
-            self._launch(state, key, seconds)
+            self._launch(state, key)
         while state.running:
             self._collect(state, dense, part, seconds)
         receipt.numerics = self._used_numerics(degraded=self.extractor.split_batches > split_before)
@@ -205,13 +211,17 @@ class ImageFeatureRunner(UnitRunner):
                 seconds: dict[str, float]) -> None:
         group = state.waiting.setdefault(crop.key, [])
         group.append((position, number, crop))
-        if len(group) == self.extractor.micro_batch(*crop.pixels.shape[1:]):
+        state.waiting_bytes += crop.pixels.nbytes
+        full = len(group) == self.extractor.micro_batch(*crop.pixels.shape[1:])
+        if full or state.waiting_bytes > WAITING_BYTES:
+            key = crop.key if full else max(state.waiting, key=lambda k: sum(c.pixels.nbytes for _, _, c in state.waiting[k]))
             while len(state.running) > self.compute_threads:  # one batch ready behind each running one
                 self._collect(state, dense, part, seconds)
-            self._launch(state, crop.key, seconds)
+            self._launch(state, key)
 
-    def _launch(self, state: _UnitState, key: tuple, seconds: dict[str, float]) -> None:
+    def _launch(self, state: _UnitState, key: tuple) -> None:
         group = state.waiting.pop(key)
+        state.waiting_bytes -= sum(crop.pixels.nbytes for _, _, crop in group)
         state.running.append((group, self._compute.submit(self._timed_extract, [crop for _, _, crop in group])))
 
     def _timed_extract(self, crops: list[Crop]) -> tuple[dict[str, np.ndarray] | ItemError, float]:

@@ -252,7 +252,8 @@ def test_a_foreign_object_makes_the_run_and_verify_fail_by_name(images: Path, tm
     check_whole(out)
 
 
-def test_verify_finds_deleted_resized_and_changed_objects_and_the_advice_works(images: Path, clean: Path, tmp_path: Path) -> None:
+def test_verify_finds_deleted_resized_and_changed_objects_and_the_advice_works(
+        images: Path, clean: Path, tmp_path: Path) -> None:
     for i, key in enumerate(data_objects(clean)):
         out = tmp_path / str(i)
         shutil.copytree(clean, out)
@@ -287,7 +288,8 @@ def test_scratch_files_of_killed_processes_are_swept(images: Path, tmp_path: Pat
     check_whole(out)
 
 
-def test_a_receipt_that_cannot_be_read_says_what_to_do_and_that_works(images: Path, clean: Path, tmp_path: Path) -> None:
+def test_a_receipt_that_cannot_be_read_says_what_to_do_and_that_works(images: Path, clean: Path,
+                                                                       tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(clean, out)
     receipt = min((out / "_dinoray/receipts").iterdir())

@@ -271,7 +271,8 @@ def test_a_failed_put_leaves_the_old_object_and_no_scratch(tmp_path: Path, monke
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
 @pytest.mark.parametrize("call", ["open", "fsync", "replace"])
-def test_no_space_and_no_rights_are_systemic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, call: str) -> None:
+def test_no_space_and_no_rights_are_systemic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int,
+                                             call: str) -> None:
     store = LocalStore(tmp_path)
     store.put("a/b", b"1")
 

@@ -34,7 +34,8 @@ def columns_of(n: int, dim: int, dtype: str, seed: int = 0) -> dict:
     fixed |= {name: [None if i % 2 else i / 3 for i in range(n)] for name in (
         "pixel_size_um", "p01", "p50", "p999", "frac_saturated", "focus")}
     fixed["dense_array"] = [f"dense/part-x.zarr/{i}x4" for i in range(n)]
-    return {**fixed, "cls": rng.normal(size=(n, dim)).astype(dtype), "patch_mean": rng.normal(size=(n, dim)).astype(dtype)}
+    return {**fixed, "cls": rng.normal(size=(n, dim)).astype(dtype),
+            "patch_mean": rng.normal(size=(n, dim)).astype(dtype)}
 
 
 def schema_of(dim: int, dtype: str) -> pa.Schema:

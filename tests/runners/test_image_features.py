@@ -185,7 +185,8 @@ def test_channels_of_one_name_are_told_apart(tmp_path: Path) -> None:
     pixels[2] = pixels[2] // 50
     path = tmp_path / "in/a.ome.tif"
     path.parent.mkdir()
-    tifffile.imwrite(path, pixels, photometric="minisblack", metadata={"axes": "CYX", "Channel": {"Name": ["DAPI", "GFP", "DAPI"]}})
+    tifffile.imwrite(path, pixels, photometric="minisblack",
+                     metadata={"axes": "CYX", "Channel": {"Name": ["DAPI", "GFP", "DAPI"]}})
     run(tmp_path / "in", tmp_path / "out")
     rows = rows_of(tmp_path / "out")
     assert len(rows) == 3
@@ -225,6 +226,22 @@ def test_resize_takes_images_of_any_size(tmp_path: Path) -> None:
     rows = rows_of(tmp_path / "out")
     assert [(r["y1"], r["x1"]) for r in rows] == [(9, 11), (100, 300)]
     assert {r["dense_array"].rpartition("/")[2] for r in rows} == {"2x2"}
+
+
+def test_crops_that_wait_for_company_are_bounded_and_every_row_is_still_there(
+        monkeypatch: pytest.MonkeyPatch, pictures: Path, tmp_path: Path) -> None:
+    run(pictures, tmp_path / "together", features=ALL_FEATURES)
+    for limit in (1, 10_000, 40_000):
+        monkeypatch.setattr("dinoray.runners.image_features.WAITING_BYTES", limit)
+        out = tmp_path / str(limit)
+        run(pictures, out, features=ALL_FEATURES)
+        check_whole(out)
+        for a, b in zip(rows_of(tmp_path / "together"), rows_of(out), strict=True):
+            assert (a["item_id"], a["channel"]) == (b["item_id"], b["channel"])
+            assert np.allclose(a["cls"], b["cls"], atol=1e-5)
+            grids = [open_features(str(o)).dense(r["dense_array"], r["dense_index"])
+                     for o, r in ((tmp_path / "together", a), (out, b))]
+            assert np.allclose(*grids, atol=2e-3)
 
 
 # ---------------------------------------------------------------- quarantine
@@ -300,7 +317,8 @@ def broken_backbone(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
     (float("inf"), {"vector_dtype": "float16"}, "nonfinite"),
 ])
 def test_features_that_cannot_be_stored_quarantine_their_image(
-        monkeypatch: pytest.MonkeyPatch, pictures: Path, tmp_path: Path, factor: float, fields: dict, reason: str) -> None:
+        monkeypatch: pytest.MonkeyPatch, pictures: Path, tmp_path: Path, factor: float, fields: dict,
+        reason: str) -> None:
     broken_backbone(monkeypatch, factor)
     outcome = run(pictures, tmp_path / "out", max_failed_fraction=1.0, **fields)
     assert outcome.exit_code == 3
@@ -357,7 +375,8 @@ def test_after_out_of_memory_every_unit_computed_in_parts_says_so(
         assert a == b
 
 
-def test_an_image_too_large_for_the_device_is_quarantined(monkeypatch: pytest.MonkeyPatch, pictures: Path, tmp_path: Path) -> None:
+def test_an_image_too_large_for_the_device_is_quarantined(monkeypatch: pytest.MonkeyPatch, pictures: Path,
+                                                          tmp_path: Path) -> None:
     real = Extractor._forward
 
     def forward(self: Extractor, crops):
@@ -386,8 +405,8 @@ def manifest(tmp_path: Path, plates: list[str], name: Callable[[int], str] = lam
     return path
 
 
-PLATES = ["..", ".", "...", "_hidden", ".hidden", "a/b", "a=b", "a%2Fb", "Ünï", "中" * 100, "x" * 300, "a b", "CON", "~",
-          "part-1.parquet", "\\", "-rf"]
+PLATES = ["..", ".", "...", "_hidden", ".hidden", "a/b", "a=b", "a%2Fb", "Ünï", "中" * 100, "x" * 300, "a b", "CON",
+          "~", "part-1.parquet", "\\", "-rf"]
 
 
 def test_plates_of_any_name_stay_inside_and_are_read_back(tmp_path: Path) -> None:

@@ -48,7 +48,8 @@ def run(items: list[Item], *, max_items: int = 2, percents: tuple[float, float] 
 
 
 def save(path: Path, pixels: np.ndarray, **fields: object) -> Item:
-    tifffile.imwrite(path, pixels, photometric="minisblack", metadata={"axes": "CYX"} if pixels.ndim == 3 else None, ome=False)
+    metadata = {"axes": "CYX"} if pixels.ndim == 3 else None
+    tifffile.imwrite(path, pixels, photometric="minisblack", metadata=metadata, ome=False)
     return item_of_file(path, **fields)
 
 
@@ -103,7 +104,8 @@ def test_nothing_to_sample() -> None:
 
 def test_channels_that_only_some_images_have(tmp_path: Path) -> None:
     one, two = texture((32, 32), 1, "uint16"), texture((2, 32, 32), 2, "uint16")
-    scaling, _, _ = run([save(tmp_path / "1.tif", one, group="g"), save(tmp_path / "2.tif", two, group="g")], max_items=9)
+    items = [save(tmp_path / "1.tif", one, group="g"), save(tmp_path / "2.tif", two, group="g")]
+    scaling, _, _ = run(items, max_items=9)
     assert set(scaling["g"]) == {"gray", "0", "1"}
     assert scaling["g"]["gray"] == pytest.approx(tuple(np.percentile(one, PERCENTS)))
 
@@ -143,7 +145,8 @@ def test_merging_is_concatenating(parts: list[list[int]]) -> None:
 
 
 @settings(deadline=None, max_examples=30)
-@given(values=st.lists(st.integers(0, 255), min_size=4, max_size=64), dtype=st.sampled_from(["uint8", "uint16", "int16", "float32"]))
+@given(values=st.lists(st.integers(0, 255), min_size=4, max_size=64),
+       dtype=st.sampled_from(["uint8", "uint16", "int16", "float32"]))
 def test_a_histogram_holds_every_pixel(values: list[int], dtype: str) -> None:
     plane = np.array(values, dtype=dtype)[None]
     found, counts = histogram(plane)
