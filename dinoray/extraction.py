@@ -12,7 +12,7 @@ import json
 import logging
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -66,10 +66,10 @@ def extract_images(job: ExtractImagesJob, say: Callable[[str], None] = print, *,
     store = open_store(job.out)
     command = command or resume_command(job)
     say(f"dinoray {resolved.fingerprint}  {resolved.description}  output {job.out}  resume with: {command}")
-    sealed = _record_request(store, resolved, command)
+    sealed = _check_request(store, resolved)
     listing = list_items(list(job.sources), pattern=job.pattern, where=dict(job.where), limit=job.limit)
     progress = Progress(say)
-    with progress, _pool(job, resolved, say) as pool, \
+    with progress, contextlib.closing(LocalPool(job, resolved) if job.no_ray else RayPool(job, resolved, say)) as pool, \
             spool_items(listing.items, sample=job.scaling_sample if job.scaling == "plate" and not sealed else 0) as spool:
         if listing.num_ignored:
             say(f"files that are no images: {listing.describe_ignored()}")
@@ -77,6 +77,7 @@ def extract_images(job: ExtractImagesJob, say: Callable[[str], None] = print, *,
             plan = Plan(store)
             check_same_inputs(plan, spool)
         else:
+            _record_request(store, resolved, command)
             if job.scaling == "plate":
                 _statistics(store, resolved, spool, pool, progress)
             plan = _seal(store, resolved, spool, listing.root)
@@ -100,6 +101,7 @@ def extract_images(job: ExtractImagesJob, say: Callable[[str], None] = print, *,
 
         progress.begin("images", total=plan.num_items, tally=tally)
         if plan.pending(done):
+            store.delete("_SUCCESS")  # it spoke of an output that was whole
             pool(RunnerSpec("image-features", job.out, job=resolved.job.model_dump(mode="json"),
                             weights=None if job.no_ray else resolved.weights_location(), digest=resolved.digest),
                  lambda: plan.pending(ledger.done()), on_receipt)
@@ -107,8 +109,11 @@ def extract_images(job: ExtractImagesJob, say: Callable[[str], None] = print, *,
     return _finish(store, plan, ledger, outcome, say)
 
 
-def _record_request(store: Store, resolved: Resolved, command: str) -> bool:
-    """Write job.json, or compare with the one that is there; True when the plan is sealed already."""
+def _check_request(store: Store, resolved: Resolved) -> bool:
+    """Compare with the request that the output was made for, if any; True when its plan is sealed. Writes nothing.
+
+    Raises BadRequest for a folder of something else, ChangedRequest naming every setting that differs.
+    """
     sealed = Plan.exists(store)
     try:
         existing = json.loads(store.get("_dinoray/job.json"))
@@ -130,11 +135,14 @@ def _record_request(store: Store, resolved: Resolved, command: str) -> bool:
         if sealed:
             raise ChangedRequest("this output was made with other settings:\n  " + "\n  ".join(changes),
                                  where=store.url, todo="use another --out, or the same settings to resume")
-    if before is None or not sealed:
-        content = {"fingerprint": resolved.fingerprint, "identity": resolved.identity, "command": command,
-                   "job": resolved.job.model_dump(mode="json"), "weights": resolved.weights_facts}
-        store.put("_dinoray/job.json", json.dumps(content, indent=1, sort_keys=True).encode())
     return sealed
+
+
+def _record_request(store: Store, resolved: Resolved, command: str) -> None:
+    """Write job.json: whose output this is from now on. Replaced until a plan is sealed."""
+    content = {"fingerprint": resolved.fingerprint, "identity": resolved.identity, "command": command,
+               "job": resolved.job.model_dump(mode="json"), "weights": resolved.weights_facts}
+    store.put("_dinoray/job.json", json.dumps(content, indent=1, sort_keys=True).encode())
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
@@ -194,10 +202,11 @@ def _seal(store: Store, resolved: Resolved, spool: Spool, root: str) -> Plan:
 class LocalPool:
     """Runs units in this process."""
 
-    local = True
-
     def __init__(self, job: ExtractImagesJob, resolved: Resolved):
         self.job, self.resolved = job, resolved
+
+    def close(self) -> None:
+        """Nothing to stop: the runner was closed after its last unit."""
 
     def __call__(self, spec: RunnerSpec, recompute_pending: Callable[[], list[int]],
                  on_receipt: Callable[[Receipt], None]) -> None:
@@ -209,16 +218,33 @@ class LocalPool:
 
 
 class RayPool:
-    """Runs units on Ray actors."""
+    """Runs units on Ray actors. Ray is started or joined at the first use: not for planning, not for nothing."""
 
-    def __init__(self, job: ExtractImagesJob, resolved: Resolved, local: bool):
-        self.job, self.resolved, self.local = job, resolved, local
+    def __init__(self, job: ExtractImagesJob, resolved: Resolved, say: Callable[[str], None]):
+        self.job, self.resolved, self.say = job, resolved, say
+        self._local: bool | None = None
+
+    def _connect(self) -> None:
+        from dinoray.cluster.resources import connect
+
+        if self._local is None:
+            began = time.monotonic()
+            self._local = connect()
+            self.say(f"Ray {'started on this machine' if self._local else 'cluster joined'} in {time.monotonic() - began:.1f} s")
+
+    def close(self) -> None:
+        """Leave the cluster; a local one ends."""
+        if self._local is not None:
+            from dinoray.cluster.resources import disconnect
+
+            disconnect(self._local)
 
     def __call__(self, spec: RunnerSpec, recompute_pending: Callable[[], list[int]],
                  on_receipt: Callable[[Receipt], None]) -> None:
         from dinoray.cluster.pool import run_units as run_on_ray
         from dinoray.cluster.resources import actor_shape
 
+        self._connect()
         device = self.resolved.device if spec.kind == "image-features" else "cpu"
         shape = actor_shape(self.job.workers, device=device, decode_threads=self.job.decode_threads,
                             compute_threads=self.job.compute_threads)
@@ -229,22 +255,6 @@ class RayPool:
             self.resolved.release()  # its weights are staged by now; the actors hold the model, the driver need not
         run_on_ray(spec, recompute_pending, on_receipt, shape=shape, rounds=self.job.rounds,
                    stall_timeout_s=self.job.stall_timeout_s)
-
-
-@contextlib.contextmanager
-def _pool(job: ExtractImagesJob, resolved: Resolved, say: Callable[[str], None]) -> Iterator[LocalPool | RayPool]:
-    if job.no_ray:
-        yield LocalPool(job, resolved)
-        return
-    from dinoray.cluster.resources import connect, disconnect
-
-    began = time.monotonic()
-    local = connect()
-    say(f"Ray {'started on this machine' if local else 'cluster joined'} in {time.monotonic() - began:.1f} s")
-    try:
-        yield RayPool(job, resolved, local)
-    finally:
-        disconnect(local)
 
 
 def _finish(store: Store, plan: Plan, ledger: Ledger, outcome: Outcome, say: Callable[[str], None]) -> Outcome:

@@ -83,7 +83,7 @@ def read_picture(item: Item, settings: dict[str, Any], scaling: intensity.Scalin
 
 def _draw(item: Item, image: DecodedImage, settings: dict[str, Any], scaling: intensity.Scaling | None,
           side: int) -> Picture:
-    names = image.channel_names or intensity.default_names(len(image.pixels), image.is_rgb8)
+    names = intensity.channel_names(image.channel_names, len(image.pixels), image.is_rgb8)
     rows = intensity.channel_rows(settings["channels"], names, image.is_rgb8)
     percents = (settings["scaling_low_percent"], settings["scaling_high_percent"])
     height, width = thumbnail_size(*image.pixels.shape[1:], side)
