@@ -36,6 +36,7 @@ def head() -> Iterator[dict[str, str]]:
         process = subprocess.Popen(
             [RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={free_port()}", "--num-cpus=2",
              "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={folder}",
+             f"--dashboard-agent-listen-port={free_port()}",  # its default is taken when another Ray runs here
              "--object-store-memory=100000000"],
             env=env, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         address = f"http://127.0.0.1:{dashboard}"
@@ -77,10 +78,15 @@ def wait_for(address: str, process: subprocess.Popen[str], env: dict[str, str]) 
 
 
 def submit(env: dict[str, str], *arguments: str, name: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [RAY, "job", "submit", "--submission-id", name, "--", sys.executable, str(ROOT / "jobs/extract_images.py"),
-         str(ROOT / "jobs/configs/extract_images.yaml"), *arguments],
-        env=env, capture_output=True, text=True, timeout=300, cwd="/tmp")
+    argv = [RAY, "job", "submit", "--submission-id", name, "--", sys.executable, str(ROOT / "jobs/extract_images.py"),
+            str(ROOT / "jobs/configs/extract_images.yaml"), *arguments]
+    deadline = time.monotonic() + 60
+    while True:
+        done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=300, cwd="/tmp")
+        # the job server answers before its agent has come up: nothing was submitted then
+        if "No available agent" not in done.stdout + done.stderr or time.monotonic() > deadline:
+            return done
+        time.sleep(1)
 
 
 @pytest.mark.ray
