@@ -98,7 +98,8 @@ class ImageFeatureRunner(UnitRunner):
         self._threads_before = torch.get_num_threads()
         if not self.on_cuda:
             torch.set_num_threads(1)  # parallel over batches instead: see dinoray.vision.extractor
-        self._compute = ThreadPoolExecutor(self.compute_threads, thread_name_prefix="compute")
+        self._compute = ThreadPoolExecutor(self.compute_threads, thread_name_prefix="compute",
+                                           initializer=_one_thread if not self.on_cuda else None)
         self.columns = column_names(job.features, job.layers)
         self.vector_columns = [name for name, feature, _ in self.columns if feature != "patches"]
         self.dense_columns = {name: layer for name, feature, layer in self.columns if feature == "patches"}
@@ -278,6 +279,11 @@ class ImageFeatureRunner(UnitRunner):
         return {"device_kind": used, "precision": self.numerics["precision"],
                 "token_budget": self.numerics["token_budget"],
                 "degraded": degraded or self.numerics["device_kind"] not in (used, "cuda")}
+
+
+def _one_thread() -> None:
+    """OpenMP counts threads per calling thread: each compute thread must be told."""
+    torch.set_num_threads(1)
 
 
 def device_kind(device: torch.device) -> str:
