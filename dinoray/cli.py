@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
@@ -57,6 +57,9 @@ def job_command(model: type[ExtractImagesJob], run: Callable[[Any], int]) -> Cal
         kind, shown = _flag_type(field.annotation), field.get_default(call_default_factory=True)
         text = (field.description or "").replace("\n", " ") + ("" if shown in (None, {}) or field.is_required()
                                                                 else f" [{_shown(shown)}]")
+        choices = [str(c) for c in _choices(field.annotation)]
+        if choices:
+            text = f"{' | '.join(choices)}. {text}"
         names = ("--" + name.replace("_", "-"),)
         parameters.append(inspect.Parameter(
             name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None,
@@ -65,6 +68,13 @@ def job_command(model: type[ExtractImagesJob], run: Callable[[Any], int]) -> Cal
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     command.__doc__ = (model.__doc__ or "").split(":")[0] + "."
     return command
+
+
+def _choices(annotation: Any) -> tuple[Any, ...]:
+    """The values of a Literal, also of one inside a tuple."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    return next((found for inner in get_args(annotation) if (found := _choices(inner))), ())
 
 
 def _shown(value: Any) -> str:
@@ -91,9 +101,9 @@ def _pair(text: str) -> tuple[str, str]:
 
 def run_extract_images(job: ExtractImagesJob) -> int:
     """Run the job with signals handled; returns the exit code."""
-    from dinoray.extraction import extract_images, resume_command
+    from dinoray.extraction import absolute, extract_images, resume_command
 
-    with_signals(resume_command(job))
+    with_signals(resume_command(absolute(job)))
     return extract_images(job, say).exit_code
 
 

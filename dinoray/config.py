@@ -181,12 +181,19 @@ def channel_groups(policy: str) -> dict[str, tuple[str, str, str]] | None:
     return groups
 
 
+def _plain(error: Any) -> str:
+    """What pydantic found, in plain words."""
+    if error["type"] == "missing":
+        return "is needed and was not given"
+    return str(error["msg"]).removeprefix("Value error, ")
+
+
 def build_job(model: type[Job], values: dict[str, Any]) -> Job:
     """Validate a job; every problem is listed with its field. Raises BadRequest."""
     try:
         return model.model_validate(values)  # not model(**values): YAML keys may be no text
     except ValidationError as error:
-        lines = [f"{'.'.join(str(p) for p in e['loc']) or 'job'}: {e['msg']}" for e in error.errors()]
+        lines = [f"{'.'.join(str(p) for p in e['loc']) or 'job'}: {_plain(e)}" for e in error.errors()]
         raise BadRequest("the job is not valid:\n  " + "\n  ".join(lines),
                          todo=f"fields: {', '.join(model.model_fields)}") from error
 

@@ -61,18 +61,18 @@ def extract_images(job: ExtractImagesJob, say: Callable[[str], None] = print, *,
     Raises BadRequest (nothing was run), ChangedRequest (the output belongs to another request),
     TooManyFailures, SystemicError, NoProgress.
     """
-    job = job.model_copy(update={"out": str(local_path(job.out)) if is_local(job.out) else job.out.rstrip("/")})
+    job = absolute(job)
     resolved = resolve(job)
     store = open_store(job.out)
     command = command or resume_command(job)
-    say(f"dinoray {resolved.fingerprint}  {resolved.description}  output {job.out}  resume with: {command}")
     sealed = _check_request(store, resolved)
+    say(f"dinoray {resolved.fingerprint}  {resolved.description}  output {job.out}  resume with: {command}")
     listing = list_items(list(job.sources), pattern=job.pattern, where=dict(job.where), limit=job.limit)
     progress = Progress(say)
     with progress, contextlib.closing(LocalPool(job, resolved) if job.no_ray else RayPool(job, resolved, say)) as pool, \
             spool_items(listing.items, sample=job.scaling_sample if job.scaling == "plate" and not sealed else 0) as spool:
         if listing.num_ignored:
-            say(f"files that are no images: {listing.describe_ignored()}")
+            say(f"files passed over: {listing.describe_ignored()}")
         if sealed:
             plan = Plan(store)
             check_same_inputs(plan, spool)
@@ -90,15 +90,19 @@ def extract_images(job: ExtractImagesJob, say: Callable[[str], None] = print, *,
         say(f"{plan.num_items} images in {len(plan)} units"
             + (f", {tally.units} units done before" if tally.units else ""))
 
-        def on_receipt(receipt: Receipt) -> None:
-            tally.add(receipt)
-            outcome.executed_units += 1
-            progress.advance(tally)
+        def check_failures() -> None:
             reason = tally.too_many_failures(job.max_failed_fraction)
             if reason:
                 raise TooManyFailures(reason, where=job.out, todo=f"see `dinoray status {job.out}`; raise "
                                       "--max-failed-fraction to go on, or mend the inputs and use a new --out")
 
+        def on_receipt(receipt: Receipt) -> None:
+            tally.add(receipt)
+            outcome.executed_units += 1
+            progress.advance(tally)
+            check_failures()
+
+        check_failures()  # what earlier runs quarantined counts
         progress.begin("images", total=plan.num_items, tally=tally)
         if plan.pending(done):
             store.delete("_SUCCESS")  # it spoke of an output that was whole
@@ -115,6 +119,9 @@ def _check_request(store: Store, resolved: Resolved) -> bool:
     Raises BadRequest for a folder of something else, ChangedRequest naming every setting that differs.
     """
     sealed = Plan.exists(store)
+    if not sealed and Ledger(store).done():
+        raise OutputDamaged("there are receipts, but the plan's index is gone", where=f"{store.url}/_dinoray/plan/index.parquet",
+                            todo="restore it from a copy, or use a new --out")
     try:
         existing = json.loads(store.get("_dinoray/job.json"))
         before: tuple[str, Any] | None = existing["fingerprint"], existing["identity"]
@@ -275,6 +282,13 @@ def _finish(store: Store, plan: Plan, ledger: Ledger, outcome: Outcome, say: Cal
     say(f"dinoray {outcome.fingerprint}  complete: {tally.items} images, {tally.rows} rows{bad}  output {outcome.out}  "
         f"same command again: {outcome.resume_command}")
     return outcome
+
+
+def absolute(job: ExtractImagesJob) -> ExtractImagesJob:
+    """The job with absolute local paths, so that its resume command works from any folder."""
+    paths = {source: str(local_path(source)) if is_local(source) else source for source in job.sources}
+    out = str(local_path(job.out)) if is_local(job.out) else job.out.rstrip("/")
+    return job.model_copy(update={"sources": tuple(paths.values()), "out": out})
 
 
 def resume_command(job: ExtractImagesJob) -> str:

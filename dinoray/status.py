@@ -32,4 +32,4 @@ def status_lines(out: str) -> Iterator[str]:
         yield "computed on " + ", ".join(f"{kind} ({n} units)" for kind, n in sorted(tally.device_kinds.items()))
     if tally.degraded_units:
         yield f"{tally.degraded_units} units have degraded numerics (see docs/reliability.md)"
-    yield "verified: yes (_SUCCESS)" if store.exists("_SUCCESS") else "verified: not yet"
+    yield "verified: yes (_SUCCESS)" if tally.units == len(plan) and store.exists("_SUCCESS") else "verified: not yet"

@@ -212,7 +212,11 @@ class Plan:
         return len(self.unit_ids)
 
     def _open_file(self, number: int) -> pq.ParquetFile:
-        data = self.store.get(self._key(number))
+        try:
+            data = self.store.get(self._key(number))
+        except FileNotFoundError as error:
+            raise OutputDamaged("a file of the plan is missing", where=f"{self.store.url}/{self._key(number)}",
+                                todo="restore it from a copy, or use a new --out") from error
         with _readable(f"{self.store.url}/{self._key(number)}"):
             return pq.ParquetFile(io.BytesIO(data))
 

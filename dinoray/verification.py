@@ -6,6 +6,7 @@ deep: every object is read and its sha256 compared; rows, ids and quarantine are
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -16,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dinoray.errors import BadRequest, OutputDamaged
+from dinoray.errors import BadRequest, OutputDamaged, SystemicError
 from dinoray.io.stores import Store, open_store
 from dinoray.ledger import Ledger, Receipt
 from dinoray.units import Plan
@@ -47,7 +48,7 @@ def verify_fast(store: Store, plan: Plan, ledger: Ledger, *, write_success: bool
         if write_success:
             store.delete("_SUCCESS")
         raise
-    if write_success:
+    if write_success and not store.exists("_SUCCESS"):
         store.put("_SUCCESS", json.dumps(totals, indent=1, sort_keys=True).encode())
     return totals
 
@@ -94,7 +95,16 @@ def verify_deep(store: Store, plan: Plan, ledger: Ledger) -> dict[str, Any]:
 
     Raises OutputDamaged listing every difference.
     """
-    totals = verify_fast(store, plan, ledger, write_success=False)
+    try:
+        return _check_deep(store, plan, ledger)
+    except OutputDamaged:
+        with contextlib.suppress(SystemicError):  # a read-only copy can be checked too
+            store.delete("_SUCCESS")
+        raise
+
+
+def _check_deep(store: Store, plan: Plan, ledger: Ledger) -> dict[str, Any]:
+    totals = _check_fast(store, plan, ledger)
     with ThreadPoolExecutor(4) as pool:
         pairs = zip(plan.units(), ledger.receipts(plan.unit_ids), strict=True)
         problems: list[str] = []

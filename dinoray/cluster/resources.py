@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -39,14 +41,28 @@ def connect() -> bool:
         return False
     settings = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"):
-        ray.init(address="auto", **settings)
+        with own_sigterm():
+            ray.init(address="auto", **settings)
         return False
     # the C++ side shouts that actors have constructor arguments; ours are a few hundred bytes
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    with quiet_stderr():
+    with quiet_stderr(), own_sigterm():
         ray.init(address="local", include_dashboard=False, object_store_memory=LOCAL_OBJECT_STORE_BYTES,
                  _node_ip_address="127.0.0.1", **settings)
     return True
+
+
+@contextlib.contextmanager
+def own_sigterm() -> Iterator[None]:
+    """Keep the handler of SIGTERM that is set now: Ray puts its own in its place when it starts."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

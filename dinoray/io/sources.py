@@ -156,7 +156,8 @@ def _add_source(source: str, requests: dict[str, _Request], manifests: list[str]
         return tree.url(folder)
     base, glob = (path, "") if is_folder else _split_glob(path)
     if base.lower().endswith((".zarr", ".n5")):
-        raise BadRequest("a Zarr or N5 array is a volume", where=source, todo="use `dinoray extract volume`")
+        raise BadRequest("a Zarr or N5 array is a volume", where=source,
+                         todo="only image files are read so far; export its planes as TIFF")
     if is_local(source) and not os.path.isdir(base):
         raise BadRequest("no such folder", where=base, todo=f"check the glob {source}")
     request.matchers.append(Matcher(base, glob))

@@ -186,7 +186,8 @@ class LocalStore(Store):
                 os.fsync(file.fileno())
             yield str(scratch)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM,
+                               errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR):
                 raise SystemicError(
                     f"cannot write the output: {error.strerror}", where=str(folder),
                     todo="free space or mend the permissions, then run the same command again: it resumes",
@@ -240,10 +241,10 @@ class FsspecStore(Store):
     def _pipe(self, key: str, data: bytes | memoryview, **kwargs: Any) -> None:
         try:
             self.fs.pipe_file(self._path(key), bytes(data), **kwargs)
-        except PermissionError as error:
+        except (PermissionError, FileNotFoundError) as error:
             raise SystemicError(
                 f"cannot write the output: {error}", where=f"{self.url}/{key}",
-                todo="check the credentials and the bucket's policy, then run the same command again",
+                todo="check the bucket's name, the credentials and the bucket's policy, then run the same command again",
             ) from error
 
     def exists(self, key: str) -> bool:
@@ -277,7 +278,7 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         return url_to_fs(url, **options)
     except ImportError as error:
         raise BadRequest(f"reading {protocol}:// needs another package: {error}", where=url,
-                         todo="pip install 'dinoray[s3]' for S3, or the package named above") from error
+                         todo="pip install s3fs for S3, or the package named above") from error
     except ValueError as error:
         raise BadRequest(f"unknown kind of URL: {error}", where=url,
                          todo="use a local path, s3://, gs://, or another protocol of fsspec") from error

@@ -21,6 +21,10 @@ from dinoray.io.tiff_layout import STACK_TODO, Layout, find_layout
 _JPEG = (6, 7, 34892, 33007)
 
 
+MAX_UNNAMED_CHANNELS = 16
+"""Pages without axes that are taken for channels; microscopes rarely have more."""
+
+
 def decode_tiff(data: bytes, uri: str, limits: Limits, z_projection: str = "refuse") -> DecodedImage:
     """Decode a TIFF of one image. Plain pages of one shape are channels; samples (RGB) are channels too.
 
@@ -41,9 +45,11 @@ def decode_tiff(data: bytes, uri: str, limits: Limits, z_projection: str = "refu
         check_limits(uri, limits, height=page.imagelength, width=page.imagewidth, planes=prod(layout.shape),
                      samples=page.samplesperpixel, itemsize=page.dtype.itemsize if page.dtype else 1)
         if len(grid) > limits.max_channels:
-            raise ItemError("too_large", f"{len(grid)} pages; pages without axes are read as channels, and "
-                            f"the limit is {limits.max_channels}", where=uri,
-                            todo="a stack is a volume: see `dinoray extract volume`")
+            raise ItemError("too_large", f"{len(grid)} channels, the limit is {limits.max_channels}", where=uri,
+                            todo="write one image per file")
+        if len(grid) > MAX_UNNAMED_CHANNELS and not layout.names and "C" not in layout.axes:
+            raise ItemError("stack", f"{len(grid)} pages without axes: up to {MAX_UNNAMED_CHANNELS} are taken for "
+                            "channels, more are likely a stack", where=uri, todo=STACK_TODO)
         for p in used:
             check_page(p, data, uri, limits)
         return _read(data, grid, pages, layout, uri, z_projection)

@@ -41,7 +41,7 @@ def count_pages(data: bytes, uri: str, limits: Limits) -> int:
             raise ItemError("decode", "the directories of the TIFF form a loop", where=uri)
         if len(seen) >= limits.max_pages:
             raise ItemError("too_large", f"more than {limits.max_pages} pages", where=uri,
-                            todo="a stack is a volume: see `dinoray extract volume`")
+                            todo="write one image per file")
         seen.add(offset)
         if offset + count_bytes > len(data):
             raise ItemError("truncated", f"the TIFF ends before the directory of page {len(seen)}", where=uri)

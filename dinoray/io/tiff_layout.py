@@ -13,7 +13,7 @@ from dinoray.io.decoded import Limits
 
 _SERIES_FLAVOURS = ("shaped", "lsm", "mmstack", "fluoview", "stk", "sis", "scanimage", "nih", "mdgel",
                     "svs", "scn", "qpi", "ndpi", "bif", "philips", "ndtiff")
-STACK_TODO = "write one image per file, ask for a projection of Z, or use `dinoray extract volume`"
+STACK_TODO = "write one image per file, or for focus stacks ask for a projection: --z-projection max (or middle)"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from dinoray.config import ExtractImagesJob
-from dinoray.errors import BadRequest, WeightsError
+from dinoray.errors import BadRequest, OutputDamaged, WeightsError
 from dinoray.io.images import Limits
 from dinoray.io.stores import LocalStore, open_store, safe_join
 from dinoray.ledger import Ledger
@@ -60,7 +60,11 @@ def build_runner(spec: RunnerSpec, backbone: Any = None) -> Runner:
 
     scaling = None
     if job.scaling == "plate":
-        scaling = read_scaling(pq.read_table(io.BytesIO(store.get(f"{spec.prefix}/plan/scaling.parquet"))))
+        key = f"{spec.prefix}/plan/scaling.parquet"
+        if not store.exists(key):
+            raise OutputDamaged("the intensity scaling of the plan is missing", where=f"{store.url}/{key}",
+                                todo="restore it from a copy, or use a new --out")
+        scaling = read_scaling(pq.read_table(io.BytesIO(store.get(key))))
     if backbone is None:
         backbone = _load(spec, plan.facts["numerics"])
     return ImageFeatureRunner(job, plan, ledger, backbone, scaling=scaling, decode_threads=spec.decode_threads,

@@ -22,7 +22,7 @@ from dinoray.io.stores import Store
 from dinoray.ledger import Ledger, Receipt
 from dinoray.runners.base import Finish, Loaded, UnitRunner
 from dinoray.units import Plan, Unit
-from dinoray.vision.intensity import Scaling, channel_names
+from dinoray.vision.intensity import Scaling, channel_names, scaling_key
 from dinoray.vision.quality import check_pixels, histogram_percentiles
 
 PREFIX = "_dinoray/stats"
@@ -52,7 +52,8 @@ class StatisticsRunner(UnitRunner):
         histograms = {}
         if not image.is_rgb8:  # 8-bit RGB is divided by 255, no statistics needed
             names = channel_names(image.channel_names, len(image.pixels), image.is_rgb8)
-            histograms = {name: histogram(plane) for name, plane in zip(names, image.pixels, strict=True)}
+            histograms = {scaling_key(name, plane.dtype): histogram(plane)
+                          for name, plane in zip(names, image.pixels, strict=True)}
         return histograms, loaded.read_s, loaded.decode_s + time.monotonic() - began, loaded.num_bytes
 
     def process(self, unit: Unit, loaded: Iterable[Loaded], receipt: Receipt) -> Finish:

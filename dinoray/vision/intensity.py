@@ -15,7 +15,7 @@ from dinoray.errors import BadRequest, ItemError
 from dinoray.vision.quality import percentiles
 
 Scaling = dict[str, dict[str, tuple[float, float]]]
-"""group (plate or folder) -> channel -> (low, high) in raw counts."""
+"""group (plate or folder) -> `scaling_key` of the channel -> (low, high) in raw counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +77,14 @@ def channel_rows(policy: str, names: tuple[str, ...], is_rgb8: bool) -> list[Cha
     return rows
 
 
+def scaling_key(name: str, dtype: np.dtype) -> str:
+    """What a channel's scaling is stored under: its name, and its dtype unless that is uint16.
+
+    8-bit and 16-bit images of one folder must not share percentiles: the 8-bit ones would all turn black.
+    """
+    return name if dtype == np.uint16 else f"{name} [{np.dtype(dtype).name}]"
+
+
 def full_range(dtype: np.dtype) -> tuple[float, float]:
     """(0, maximum) of an integer dtype, (0, 1) for float."""
     return (0.0, float(np.iinfo(dtype).max)) if np.issubdtype(dtype, np.integer) else (0.0, 1.0)
@@ -96,7 +104,7 @@ def limits(pixels: np.ndarray, names: tuple[str, ...], row: ChannelRow, *, rule:
         elif rule == "image":
             pair = tuple(percentiles(pixels[i], percents))
         else:
-            pair = (table or {}).get(group, {}).get(names[i])
+            pair = (table or {}).get(group, {}).get(scaling_key(names[i], pixels.dtype))
             if pair is None:
                 raise ItemError("no_scaling", f"no intensity scaling for channel {names[i]} of {group!r}: none of "
                                 "the images sampled there could be read or had it",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,9 +143,9 @@ def _open_torch(file: Path) -> _Pickled:
             where=str(file),
             todo="loading it could run code; get the file from its publisher, as safetensors if possible",
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
         raise WeightsError(
-            f"not a readable torch file: {error}", where=str(file), todo="download it again"
+            f"not a readable torch file: {error!r}", where=str(file), todo="download it again"
         ) from error
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         inside = list(state)[:5] if isinstance(state, dict) else type(state).__name__

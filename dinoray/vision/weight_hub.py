@@ -67,10 +67,10 @@ def _official(model: str, accept_license: bool) -> WeightFiles:
     cached = _cached(gated) or (accept_license and _cached(mirror))
     if cached:
         return cached
+    if accept_license:  # the mirror holds the same weights, and a token may still be waiting for access
+        return _from_hub(mirror)
     if _token():
         return _from_hub(gated)
-    if accept_license:
-        return _from_hub(mirror)
     raise WeightsError(
         f"the official weights of {model} are not on this machine and are gated",
         where=f"https://huggingface.co/{gated}",

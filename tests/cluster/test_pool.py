@@ -71,3 +71,24 @@ def test_wrong_staged_weights_stop_the_run_at_once(pictures: Path, tmp_path: Pat
     assert not open_run(str(tmp_path / "out"))[2].done()
     assert run(pictures, tmp_path / "out", **job).exit_code == 0  # staged afresh beside the output
     check_whole(tmp_path / "out")
+
+
+@pytest.mark.ray
+def test_sigterm_under_ray_leaves_with_the_resume_command(tmp_path: Path) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for i in range(60):
+        Image.fromarray(texture((256, 256), i)).save(folder / f"{i:02d}.png")
+    process = subprocess.Popen(command(folder, out, "--unit-items", "1"), env=environment(), stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True)
+    attempts = out / "_dinoray/attempts"
+    deadline = time.monotonic() + 120
+    while not (attempts.is_dir() and any(attempts.iterdir())):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    printed = process.communicate(timeout=60)[0]
+    assert time.monotonic() - began < 2
+    assert process.returncode == 1, printed
+    assert f"stopped by SIGTERM; resume with: dinoray extract images {folder}" in printed

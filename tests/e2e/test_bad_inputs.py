@@ -240,3 +240,44 @@ def test_file_metadata_tells_what_the_features_are(pictures: Path, tmp_path: Pat
     assert facts["normalisation"]["mean"] == [0.485, 0.456, 0.406]
     assert facts["preprocessing"]["scaling"] == "plate"
     assert "out" not in json.dumps(facts) or str(tmp_path) not in json.dumps(facts)
+
+
+def test_8_and_16_bit_images_of_one_folder_are_scaled_apart(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i in range(4):
+        Image.fromarray(texture((64, 64), i)).save(folder / f"eight{i}.png")
+        tifffile.imwrite(folder / f"sixteen{i}.tif", texture((64, 64), i, "uint16"), photometric="minisblack")
+    run(folder, tmp_path / "out")
+    features = open_features(str(tmp_path / "out"))
+    cls = features.matrix("cls")
+    cls = cls / np.linalg.norm(cls, axis=1, keepdims=True)
+    names = features.table(["item_id"])["item_id"].to_pylist()
+    eight = cls[[name.startswith("eight") for name in names]]
+    assert (eight @ eight.T)[~np.eye(4, dtype=bool)].max() < 0.9999, "four different pictures must not look the same"
+    scaling = pq.read_table(tmp_path / "out/_dinoray/plan/scaling.parquet").to_pylist()
+    assert {row["channel"] for row in scaling} == {"gray", "gray [uint8]"}
+
+
+def test_records_that_contradict_each_other_are_told(pictures: Path, tmp_path: Path) -> None:
+    from dinoray.errors import OutputDamaged
+    from dinoray.status import status_lines
+    from dinoray.verification import verify_deep
+
+    out = tmp_path / "out"
+    run(pictures, out)
+    receipt = next((out / "_dinoray/receipts").iterdir())
+    kept = receipt.read_bytes()
+    receipt.unlink()
+    assert "verified: not yet" in list(status_lines(str(out)))
+    receipt.write_bytes(kept)
+    part = next((out / "features").glob("*.parquet"))
+    data = bytearray(part.read_bytes())
+    data[100] ^= 1
+    part.write_bytes(bytes(data))
+    with pytest.raises(OutputDamaged, match=part.name):
+        verify_deep(*open_run(str(out)))
+    assert not (out / "_SUCCESS").exists()
+    (out / "_dinoray/plan/index.parquet").unlink()
+    with pytest.raises(OutputDamaged, match="index is gone"):
+        run(pictures, out, precision="bfloat16")

@@ -195,7 +195,7 @@ def test_stacks_are_refused_with_their_axes(axes, kind):
     with pytest.raises(ItemError) as caught:
         decode_image(data, "x")
     told = "ZCYX" if axes == "CZYX" and kind == "ome" else axes
-    assert caught.value.reason == "stack" and told in str(caught.value) and "extract volume" in caught.value.todo
+    assert caught.value.reason == "stack" and told in str(caught.value) and "--z-projection" in caught.value.todo
 
 
 @pytest.mark.parametrize("kind", ["ome", "imagej", "shaped"])
@@ -868,3 +868,11 @@ def test_phenix_field_of_three_channels_is_16_bit():
     for path in (data_folder("scportrait_3ch") / "raw_image_tiles").glob("*.tif"):
         image = decode(path.read_bytes())
         assert image.pixels.shape == (1, 1080, 1080) and image.pixels.dtype == np.uint16
+
+
+def test_many_pages_without_axes_are_a_stack_not_channels():
+    pages = np.arange(17 * 32 * 32, dtype=np.uint16).reshape(17, 32, 32)
+    with pytest.raises(ItemError, match="17 pages without axes") as refusal:
+        decode(tiff(pages, photometric="minisblack", metadata=None))
+    assert refusal.value.reason == "stack"
+    assert decode(tiff(pages[:16], photometric="minisblack", metadata=None)).pixels.shape == (16, 32, 32)

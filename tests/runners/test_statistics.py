@@ -28,6 +28,7 @@ from dinoray.runners.statistics import (
     read_scaling,
     scaling_table,
 )
+from dinoray.vision.intensity import scaling_key
 from tests.conftest import texture
 from tests.runs import DictStore, item_of_file, make_plan
 
@@ -67,7 +68,8 @@ def test_percentiles_over_all_pixels_of_a_group(tmp_path: Path, dtype: str, max_
     for group, found in images.items():
         for channel in range(2):
             values = np.concatenate([p[channel].ravel() for p in found]).astype(np.float64)
-            assert scaling[group][str(channel)] == pytest.approx(tuple(np.percentile(values, PERCENTS)), rel=1e-9)
+            key = scaling_key(str(channel), np.dtype(dtype))
+            assert scaling[group][key] == pytest.approx(tuple(np.percentile(values, PERCENTS)), rel=1e-9)
     assert sum(r.items for r in receipts) == 7
 
 
@@ -126,7 +128,7 @@ def test_large_images_of_other_dtypes_are_sampled_evenly(shape: tuple[int, int],
 def test_a_line_scan_among_the_sample_does_not_stop_the_run(tmp_path: Path) -> None:
     line = np.random.default_rng(1).random((1, 300_000)).astype(np.float32)
     scaling, _, _ = run([save(tmp_path / "line.tif", line, group="g")])
-    assert scaling["g"]["gray"] == pytest.approx((0.001, 0.999), abs=0.01)
+    assert scaling["g"]["gray [float32]"] == pytest.approx((0.001, 0.999), abs=0.01)
 
 
 VALUES = st.lists(st.lists(st.integers(-5, 60), min_size=1, max_size=30), min_size=1, max_size=9)

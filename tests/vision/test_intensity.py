@@ -18,6 +18,7 @@ from dinoray.vision.intensity import (
     full_range,
     limits,
     scale,
+    scaling_key,
 )
 from tests.conftest import texture
 
@@ -134,8 +135,8 @@ def test_8_bit_rgb_is_divided_by_255_whatever_the_rule() -> None:
 
 @pytest.mark.parametrize("value", [0.0, 7.0, -3.5, 65535.0, 1e6, 2.0**24, 2.0**30, -(2.0**30), 1e20])
 def test_high_is_above_low_even_where_both_percentiles_are_one_value(value: float) -> None:
-    table = {"g": {"gray": (value, value)}}
     for dtype in (np.float32, np.float64):
+        table = {"g": {scaling_key("gray", np.dtype(dtype)): (value, value)}}
         pixels = np.full((1, 4, 4), value, dtype)
         low, high = limits(pixels, ("gray",), GRAY, rule="plate", group="g", table=table, percents=(0, 100))
         assert high[0] > low[0]
@@ -145,7 +146,7 @@ def test_high_is_above_low_even_where_both_percentiles_are_one_value(value: floa
 @pytest.mark.parametrize(("low", "high"), [(1e6, 1e6 + 1e-3), (2.0**30, 2.0**30 + 1)])
 def test_percentiles_closer_than_float32_can_tell(low: float, high: float) -> None:
     pixels = np.full((1, 4, 4), low, np.float32)
-    table = {"g": {"gray": (low, high)}}
+    table = {"g": {"gray [float32]": (low, high)}}
     got = limits(pixels, ("gray",), GRAY, rule="plate", group="g", table=table, percents=(0, 100))
     assert got[1][0] > got[0][0]
 

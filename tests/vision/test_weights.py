@@ -577,3 +577,18 @@ def test_the_real_client_offline_is_a_clear_refusal(monkeypatch, tmp_path):
     with pytest.raises(WeightsError, match="pass --weights FILE") as caught:
         load_backbone("vits16", "facebook/dinov3-vits16-pretrain-lvd1689m")
     assert SECRET not in str(caught.value)
+
+
+def test_damaged_torch_files_are_refused_as_such(tmp_path):
+    for i, data in enumerate((b"junk", b"\x80\x02junk", b"PK\x03\x04 no zip", bytes(range(256)))):
+        file = tmp_path / f"{i}.pth"
+        file.write_bytes(data)
+        with pytest.raises(WeightsError):
+            load_backbone("vitt16", file)
+
+
+def test_the_accepted_licence_leads_to_the_mirror_also_with_a_token(hub):
+    hub.token["value"] = SECRET
+    with pytest.raises(WeightsError):
+        resolve("vits16", None, accept_license=True)
+    assert [name for name, offline in hub.asked if not offline] == ["timm/vit_small_patch16_dinov3_qkvb.lvd1689m"]
