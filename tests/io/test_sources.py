@@ -522,7 +522,7 @@ class Pickled(pa.ExtensionType):
     calls = 0
 
     def __init__(self):
-        super().__init__(pa.string(), "ray.data.arrow_pickled_object")
+        super().__init__(pa.string(), "ray.data.arrow_pickled_in_a_test")
 
     def __arrow_ext_serialize__(self):
         return b"payload"
@@ -547,7 +547,7 @@ def test_extension_types_are_refused_without_running_their_code(tmp_path, paddin
         pq.read_schema(tmp_path / "m.parquet")
         assert Pickled.calls > 0  # the test would notice
     finally:
-        pa.unregister_extension_type("ray.data.arrow_pickled_object")
+        pa.unregister_extension_type("ray.data.arrow_pickled_in_a_test")
 
 
 def test_manifests_and_folders_together(tmp_path):

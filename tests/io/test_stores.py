@@ -242,7 +242,7 @@ def test_safe_join_stays_below_the_root_or_refuses(parts: list[str]) -> None:
         assert {"", ".", ".."} & set(names) or any(c in "".join(parts) for c in "\0\\")
         return
     assert key == "/".join(parts)
-    root = "/root/out"
+    root = "/base/out"
     assert posixpath.normpath(posixpath.join(root, key)) == f"{root}/{key}"
 
 
