@@ -156,6 +156,10 @@ class ExtractImagesJob(BaseModel):
         if self.layers is not None and (len(set(self.layers)) != len(self.layers) or min(self.layers) < 0):
             raise ValueError("layers: distinct 0-based numbers")
         channel_groups(self.channels)
+        urls = (*self.sources, self.out, self.staging or "", self.weights or "")
+        if any(re.match(r"[\w+.-]+://[^/]*:[^/]*@", url) for url in urls):
+            # it would stand in job.json, in rows and on the screen; the message does not repeat it
+            raise ValueError("a URL holds a password: give credentials through the environment instead")
         return self
 
     def result_settings(self) -> dict[str, Any]:

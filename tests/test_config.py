@@ -200,3 +200,11 @@ def test_yaml_keys_that_are_no_text(tmp_path: Path, key: str) -> None:
     file.write_text(f"out: o\nsources: [a]\n{key}: 3\n")
     with pytest.raises(BadRequest, match="not valid"):
         build_job(ExtractImagesJob, read_job_file(file))
+
+
+@pytest.mark.parametrize("field", ["sources", "out", "staging"])
+def test_credentials_in_a_url_are_refused_without_repeating_them(field: str) -> None:
+    values = {"sources": ["in"], "out": "out", field: "s3://KEY:topsecret@bucket/x"}
+    with pytest.raises(BadRequest) as refusal:
+        build_job(ExtractImagesJob, values)
+    assert "password" in str(refusal.value) and "topsecret" not in str(refusal.value)
