@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from dinoray.config import ExtractImagesJob, canonical_json
 from dinoray.errors import BadRequest, ChangedRequest, OutputDamaged, TooManyFailures
+from dinoray.failpoints import reach
 from dinoray.io.sources import list_items
 from dinoray.io.stores import LocalStore, Store, is_local, local_path, open_store
 from dinoray.ledger import Ledger, Receipt, Tally
@@ -78,6 +79,7 @@ def extract_images(job: ExtractImagesJob, say: Callable[[str], None] = print, *,
             check_same_inputs(plan, spool)
         else:
             _record_request(store, resolved, command)
+            reach("plan.request")
             if job.scaling == "plate":
                 _statistics(store, resolved, spool, pool, progress)
             plan = _seal(store, resolved, spool, listing.root)
@@ -271,6 +273,7 @@ def _finish(store: Store, plan: Plan, ledger: Ledger, outcome: Outcome, say: Cal
         store.sweep()
     store.put("_dinoray/summary.json", json.dumps(
         {"fingerprint": outcome.fingerprint, "num_units": len(plan), **tally.as_dict()}, indent=1, sort_keys=True).encode())
+    reach("run.verify")
     outcome.verified = verify_fast(store, plan, ledger, write_success=True)
     bad = ""
     if tally.quarantined:

@@ -182,16 +182,23 @@ class Tally:
     plates: dict[str, list[int]] = field(default_factory=dict)
     """Per plate: [items, quarantined]."""
 
-    def add(self, receipt: Receipt) -> None:
-        """Count one receipt."""
+    def add(self, receipt: Receipt, *, replaces: dict[str, int] | None = None) -> None:
+        """Count one receipt. `replaces`: of a retry's unit, {reason: count} of its items, which were counted as
+        quarantined before."""
         self.units += 1
         self.items += receipt.items
         self.rows += receipt.rows
         self.quarantined += receipt.quarantined
+        if replaces is not None:
+            self.items -= receipt.items
+            self.quarantined -= sum(replaces.values())
+            for reason, count in replaces.items():
+                self.reasons[reason] = self.reasons.get(reason, 0) - count
         self.bytes_read += receipt.bytes_read
         self.bytes_written += sum(o.bytes for o in receipt.objects)
         for reason, count in receipt.reasons.items():
             self.reasons[reason] = self.reasons.get(reason, 0) + count
+        self.reasons = {reason: count for reason, count in self.reasons.items() if count}
         for stage, value in receipt.seconds.items():
             self.seconds[stage] = self.seconds.get(stage, 0.0) + value
         self.rss_peak = max(self.rss_peak, receipt.memory.get("rss_peak", 0))
@@ -199,8 +206,8 @@ class Tally:
         kind = str(receipt.numerics.get("device_kind", "unknown"))
         self.device_kinds[kind] = self.device_kinds.get(kind, 0) + 1
         plate = self.plates.setdefault(receipt.plate or "", [0, 0])
-        plate[0] += receipt.items
-        plate[1] += receipt.quarantined
+        plate[0] += receipt.items if replaces is None else 0
+        plate[1] += receipt.quarantined - sum((replaces or {}).values())
 
     def too_many_failures(self, limit: float, after_items: int = 200) -> str | None:
         """Why the run must stop, or None: the share of quarantined items, overall or on one plate."""

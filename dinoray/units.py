@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 
 from dinoray.config import canonical_json
 from dinoray.errors import OutputDamaged
+from dinoray.failpoints import reach
 from dinoray.io.items import FileRef, Item
 from dinoray.io.stores import Store
 
@@ -160,12 +161,14 @@ class PlanWriter:
         number = (len(self._index["unit_id"]) - 1) // UNITS_PER_FILE
         self.store.put(f"{self.prefix}/plan/{number:05d}.parquet", self._sink.getbuffer())
         self._writer = self._sink = None
+        reach("plan.file")
 
     def seal(self, **facts: Any) -> None:
         """Write the open units and, last, the index with `facts` (JSON values) in its metadata."""
         for plate in list(self._open):
             self._flush(plate)
         self._put_file()
+        reach("plan.seal")
         table = pa.table(self._index, schema=INDEX_SCHEMA)
         described = {"fingerprint": self.fingerprint, "num_units": table.num_rows, **facts}
         table = table.replace_schema_metadata({"dinoray": canonical_json(described)})

@@ -19,6 +19,7 @@ from itertools import groupby
 from typing import Any, Protocol
 
 from dinoray.errors import ItemError
+from dinoray.failpoints import reach
 from dinoray.io.items import Item
 from dinoray.ledger import Ledger, Receipt, StoredObject
 from dinoray.memory.meter import rss_peak
@@ -66,6 +67,9 @@ Finish = Callable[[], None]
 
 class UnitRunner:
     """Base of the runners. A subclass gives `load` (in decode threads) and `process` (one unit)."""
+
+    point = "unit"
+    """First part of the names of its failpoints."""
 
     def __init__(self, plan: Plan, ledger: Ledger, *, decode_threads: int, prefetch_bytes: int):
         self.plan, self.ledger = plan, ledger
@@ -116,6 +120,7 @@ class UnitRunner:
                 yield _Start(unit, receipt)
                 continue
             yield _Start(unit, None, self.ledger.begin(unit.id))
+            reach(f"{self.point}.begin")
             for item in unit.items:
                 yield unit, item
 
@@ -139,11 +144,15 @@ class UnitRunner:
         return self._writer.submit(self._commit, finish, receipt, began)
 
     def _commit(self, finish: Finish, receipt: Receipt, began: float) -> Receipt:
+        reach(f"{self.point}.data")
         finish()
         receipt.seconds["wall"] = time.monotonic() - began
         receipt.seconds = {stage: round(value, 4) for stage, value in receipt.seconds.items()}
         receipt.memory.setdefault("rss_peak", rss_peak())
-        return self.ledger.commit(receipt)
+        reach(f"{self.point}.receipt")
+        kept = self.ledger.commit(receipt)
+        reach(f"{self.point}.done")
+        return kept
 
 
 def _read_ahead(work: Iterator[_Start | tuple[Unit, Item]], submit: Callable[[tuple[Unit, Item]], Future[Loaded]],

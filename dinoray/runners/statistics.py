@@ -39,6 +39,8 @@ Histogram = tuple[np.ndarray, np.ndarray]
 class StatisticsRunner(UnitRunner):
     """Unit -> histogram of its images' raw values. Items that cannot be read are left to the main pass."""
 
+    point = "stats"
+
     def __init__(self, plan: Plan, ledger: Ledger, *, limits: Limits, z_projection: str, decode_threads: int,
                  prefetch_bytes: int):
         super().__init__(plan, ledger, decode_threads=decode_threads, prefetch_bytes=prefetch_bytes)

@@ -1,0 +1,5 @@
+"""`python -m dinoray.cli`."""
+
+from dinoray.cli import main
+
+main()
