@@ -18,7 +18,7 @@ from dinoray.errors import BadRequest
 
 EXECUTION_FIELDS = frozenset({
     "sources", "out", "weights", "workers", "no_ray", "decode_threads", "compute_threads", "staging", "strict",
-    "max_failed_fraction", "accept_dinov3_license", "rounds", "stall_timeout_s", "prefetch_bytes",
+    "max_failed_fraction", "accept_dinov3_license", "rounds", "stall_timeout_s", "prefetch_bytes", "takeover",
 })
 """Fields that change how a job runs, never what it writes. `sources` and `weights` are identified by
 content instead: the digest of the listing and the digest of the weights."""
@@ -116,6 +116,8 @@ class ExtractImagesJob(BaseModel):
     """Rounds without one new receipt after which the run gives up."""
     stall_timeout_s: float = Field(1800.0, gt=0)
     """Seconds without any sign of movement from the actors after which a round is started anew."""
+    takeover: bool = False
+    """Take the output over from a driver that seems to be at work on it: you know that it is gone."""
     strict: bool = False
     """jobs/*.py: quarantined items make exit code 3 instead of 0."""
 

@@ -78,5 +78,9 @@ class TooManyFailures(DinorayError):
     """More inputs were quarantined than `max_failed_fraction` allows."""
 
 
+class Stopped(DinorayError):
+    """The run ended before its end because someone asked it to (`dinoray stop --drain`); it can be resumed."""
+
+
 class NoProgress(DinorayError):
     """Several rounds over the pending units ended without one new receipt."""

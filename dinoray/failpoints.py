@@ -1,10 +1,11 @@
 """Named points at which a test can end or trouble this process: the proof behind "killed and resumed".
 
 `DINORAY_FAILPOINTS="unit.receipt=kill@3,plan.seal=kill"` acts at the third passage of `unit.receipt` and at the
-first of `plan.seal`. Actions: `kill` (SIGKILL to this process, nothing is flushed), `sleep:SECONDS`, and
-`raise` (an OSError with errno EIO). With `DINORAY_FAILPOINT_DIR=FOLDER` each entry acts once among all processes
-that share the folder, so that a restarted actor goes on; passages are counted per process. Without the
-variable a point costs one dictionary look-up.
+first of `plan.seal`; `item.load~bad.png=kill@*` acts whenever an item whose name holds `bad.png` passes.
+Actions: `kill` (SIGKILL to this process, nothing is flushed), `sleep:SECONDS`, and `raise` (an OSError with errno
+EIO). With `DINORAY_FAILPOINT_DIR=FOLDER` each entry (but those with `@*`) acts once among all processes that share
+the folder, so that a restarted actor goes on; passages are counted per process. Without the variable a point
+costs one dictionary look-up.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import signal
 import time
 from collections import Counter
+from dataclasses import dataclass
 
 from dinoray.errors import BadRequest
 
@@ -21,6 +23,7 @@ POINTS = {
     "plan.request": "after job.json, before anything is planned",
     "plan.file": "after a file of the plan, before its index",
     "plan.seal": "just before the index that seals a plan",
+    "item.load": "before an item is read",
     "unit.begin": "after the attempt of a unit was marked, before its work",
     "unit.data": "before the first object of a unit is stored",
     "unit.receipt": "between the data of a unit and its receipt",
@@ -32,40 +35,55 @@ POINTS = {
 """Every point and where it lies."""
 VARIABLE, ONCE_FOLDER = "DINORAY_FAILPOINTS", "DINORAY_FAILPOINT_DIR"
 
-_passed: Counter[str] = Counter()
+_passed: Counter[Entry] = Counter()
 
 
-def reach(point: str) -> None:
-    """Pass a point; acts when `DINORAY_FAILPOINTS` asks for it."""
+def reach(point: str, detail: str = "") -> None:
+    """Pass a point; acts when `DINORAY_FAILPOINTS` asks for it. `detail`: what passes (an item's id)."""
     text = os.environ.get(VARIABLE)
     if not text:
         return
-    _passed[point] += 1
-    for name, action, passage in parse(text):
-        if name == point and passage == _passed[point] and _first(f"{name}={action}@{passage}"):
-            _act(action, point)
+    for entry in parse(text):
+        if entry.point != point or entry.detail not in detail:
+            continue
+        _passed[entry] += 1
+        if entry.passage == 0 or (entry.passage == _passed[entry] and _first(entry)):
+            _act(entry.action, point)
 
 
-def parse(text: str) -> list[tuple[str, str, int]]:
-    """(point, action, passage) of each entry. Raises BadRequest for what is none."""
+@dataclass(frozen=True)
+class Entry:
+    """One wish: at this passage (0: at each) of a point by what holds `detail`."""
+
+    point: str
+    detail: str
+    action: str
+    passage: int
+
+
+def parse(text: str) -> list[Entry]:
+    """The entries of a variable's text. Raises BadRequest for what is none."""
     entries = []
     for part in filter(None, (p.strip() for p in text.split(","))):
         name, _, rest = part.partition("=")
         action, _, passage = rest.partition("@")
-        if name not in POINTS or action.split(":")[0] not in ("kill", "sleep", "raise") or not (passage or "1").isdecimal():
+        point, _, detail = name.partition("~")
+        known = point in POINTS and action.split(":")[0] in ("kill", "sleep", "raise")
+        if not known or not (passage in ("", "*") or passage.isdecimal()):
             raise BadRequest(f"not a failpoint: {part!r}", where=VARIABLE,
-                             todo=f"POINT=kill|raise|sleep:S[@N]; points: {', '.join(POINTS)}")
-        entries.append((name, action, int(passage or 1)))
+                             todo=f"POINT[~TEXT]=kill|raise|sleep:S[@N|@*]; points: {', '.join(POINTS)}")
+        entries.append(Entry(point, detail, action, 0 if passage == "*" else int(passage or 1)))
     return entries
 
 
-def _first(entry: str) -> bool:
+def _first(entry: Entry) -> bool:
     """Whether no process has acted on this entry yet."""
     folder = os.environ.get(ONCE_FOLDER)
     if not folder:
         return True
+    marker = os.path.join(folder, f"{entry.point}-{entry.action}-{entry.passage}")
     try:
-        os.close(os.open(os.path.join(folder, entry.replace("/", "_")), os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        os.close(os.open(marker, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     except FileExistsError:
         return False
     return True

@@ -64,6 +64,10 @@ class Receipt:
     numerics: dict[str, Any] = field(default_factory=dict)
     """What the numbers were computed with; `degraded` is true where they may differ in low bits."""
     attempt: int = 1
+    isolated: bool = False
+    """Run in a child process, because earlier starts had ended without a receipt."""
+    retries: dict[str, int] = field(default_factory=dict)
+    """Storage requests that were repeated, by kind of trouble."""
     worker: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -93,6 +97,21 @@ class Ledger:
         while not self.store.put_if_absent(f"{self.prefix}/attempts/{unit_id}-{attempt}", note):
             attempt += 1
         return attempt
+
+    def end(self, unit_id: str, attempt: int, why: str) -> None:
+        """Note that a start ended in good order without a receipt (an error was raised, the run was stopped)."""
+        note = {"host": socket.gethostname(), "pid": os.getpid(), "ended": why}
+        self.store.put(f"{self.prefix}/attempts/{unit_id}-{attempt}", canonical_json(note).encode())
+
+    def deaths(self, unit_id: str, attempt: int) -> int:
+        """How many starts before `attempt` ended with neither a receipt nor a word: their process died."""
+        count = 0
+        for number in range(1, attempt):
+            try:
+                count += "ended" not in json.loads(self.store.get(f"{self.prefix}/attempts/{unit_id}-{number}"))
+            except (FileNotFoundError, ValueError):  # removed, or torn by a crash of the machine
+                count += 1
+        return count
 
     def put_object(self, key: str, data: bytes | memoryview) -> StoredObject:
         """Store one object of a unit and return what the receipt says of it."""

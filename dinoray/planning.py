@@ -12,7 +12,7 @@ import heapq
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -88,8 +88,9 @@ class Spool:
                     yield row, digest
 
 
-def spool_items(items: Iterable[Item], *, sample: int = 0) -> Spool:
-    """Stream a listing to disk (pass one). `sample`: items per scaling group to remember, 0 for none.
+def spool_items(items: Iterable[Item], *, sample: int = 0, sample_if: Callable[[Item], bool] = lambda item: True) -> Spool:
+    """Stream a listing to disk (pass one). `sample`: items per scaling group to remember, of those that
+    `sample_if` accepts; 0 for none.
 
     Raises BadRequest when there is no item.
     """
@@ -108,7 +109,7 @@ def spool_items(items: Iterable[Item], *, sample: int = 0) -> Spool:
             key = id_hash(item.item_id)
             hashes.append(key)
             columns.update(dict.fromkeys(item.metadata))
-            if sample and item.problem is None:
+            if sample and item.problem is None and sample_if(item):
                 heap = heaps.setdefault(item.group, [])
                 (heapq.heappush if len(heap) < sample else heapq.heappushpop)(heap, (-key, number))
             rows.append(row)
@@ -153,11 +154,14 @@ def write_plan(spool: Spool, writer: PlanWriter, **facts: Any) -> None:
                 metadata_columns=list(spool.metadata_columns), **facts)
 
 
-def check_same_inputs(plan: Plan, spool: Spool) -> None:
-    """Compare a new listing with the plan by one digest. Raises ChangedRequest naming what differs."""
+def check_same_inputs(plans: Sequence[Plan], spool: Spool) -> None:
+    """Compare a new listing with the plans of an output: by one digest with the first; if that differs, item by item
+    with all of them (what a later retry or extension planned counts). Raises ChangedRequest naming what differs.
+    """
+    plan = plans[0]
     if spool.input_digest == plan.facts["input_digest"]:
         return
-    planned = {item.item_id: item for unit in plan.units() for item in unit.items}
+    planned = {item.item_id: item for each in plans for unit in each.units() for item in unit.items}
     added, changed, listed = [], [], set()
     for batch in spool.batches():
         for item in items_of(batch.drop_columns(["digest"])):
@@ -167,9 +171,12 @@ def check_same_inputs(plan: Plan, spool: Spool) -> None:
                 added.append(item.item_id)
             elif item_digest(old) != item_digest(item):
                 changed.append(item.item_id)
-    removed = [item_id for item_id in planned if item_id not in listed]
+    removed = list(dict.fromkeys(item.item_id for unit in plan.units() for item in unit.items if item.item_id not in listed))
     parts = [f"{len(ids)} {verb} (e.g. {ids[0]})"
              for verb, ids in (("added", added), ("removed", removed), ("changed", changed)) if ids]
-    raise ChangedRequest(
-        "the inputs are not those this output was planned for: " + ("; ".join(parts) or "another order or root"),
-        where=f"{plan.store.url}", todo="use another --out for the new inputs, or restore the old ones to resume")
+    if not parts and len(plans) > 1:
+        return  # the difference is what later generations brought
+    what = "; ".join(parts) or "another order or root"
+    todo = ("`dinoray extend OUT SRC...` adds them (and finishes the rest); else use another --out" if added and len(parts) == 1
+            else "use another --out for the new inputs, or restore the old ones to resume")
+    raise ChangedRequest(f"the inputs are not those this output was planned for: {what}", where=plan.store.url, todo=todo)

@@ -109,12 +109,16 @@ class PlanWriter:
     """Streams units into plan files. Use: `add` items in listing order, then `seal`."""
 
     def __init__(self, store: Store, prefix: str, fingerprint: str, *, max_items: int, max_bytes: int,
-                 group_salt: Callable[[set[str]], str] | None = None, max_open: int = MAX_OPEN_PLATES):
+                 group_salt: Callable[[set[str]], str] | None = None, max_open: int = MAX_OPEN_PLATES, id_salt: str = ""):
         self.store, self.prefix, self.fingerprint = store, prefix, fingerprint
         self.max_items, self.max_bytes = max_items, max_bytes
         self.group_salt = group_salt
         """Text that enters a unit's id for the scaling groups of its items."""
         self.max_open = max_open
+        self.id_salt = id_salt
+        """Text that enters every unit's id: the items of a retry were in a unit before."""
+        self.on_unit: Callable[[str, list[str]], None] | None = None
+        """Told the id and the item ids of each unit that is complete."""
         self._open: OrderedDict[str | None, OpenUnit] = OrderedDict()
         self._index: dict[str, list[Any]] = {name: [] for name in INDEX_SCHEMA.names}
         self._sink: io.BytesIO | None = None
@@ -139,7 +143,7 @@ class PlanWriter:
 
     def _flush(self, plate: str | None) -> None:
         unit = self._open.pop(plate)
-        hasher = hashlib.sha256(self.fingerprint.encode())
+        hasher = hashlib.sha256((self.fingerprint + self.id_salt).encode())
         if self.group_salt is not None:
             hasher.update(self.group_salt({row["group"] for row in unit.rows}).encode())
         for row, digest in zip(unit.rows, unit.digests, strict=True):
@@ -148,8 +152,11 @@ class PlanWriter:
             self._sink = io.BytesIO()
             self._writer = pq.ParquetWriter(self._sink, ITEM_SCHEMA, compression="zstd", write_statistics=False)
         self._writer.write_table(pa.Table.from_pylist(unit.rows, schema=ITEM_SCHEMA), row_group_size=len(unit.rows))
+        unit_id = hasher.hexdigest()[:20]
+        if self.on_unit is not None:
+            self.on_unit(unit_id, [row["item_id"] for row in unit.rows])
         for name, value in zip(INDEX_SCHEMA.names,
-                               (hasher.hexdigest()[:20], len(unit.rows), unit.num_bytes, plate), strict=True):
+                               (unit_id, len(unit.rows), unit.num_bytes, plate), strict=True):
             self._index[name].append(value)
         if len(self._index["unit_id"]) % UNITS_PER_FILE == 0:
             self._put_file()
@@ -205,6 +212,11 @@ class Plan:
     def exists(store: Store, prefix: str = "_dinoray") -> bool:
         """Whether a sealed plan is there."""
         return store.exists(f"{prefix}/plan/index.parquet")
+
+    @property
+    def suffix(self) -> str:
+        """What follows the unit's id in the names of its objects: `.r1` for the first retry, else nothing."""
+        return self.facts.get("suffix", "")
 
     @property
     def num_items(self) -> int:

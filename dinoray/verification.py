@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import io
 import json
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any
@@ -18,9 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dinoray.errors import BadRequest, OutputDamaged, SystemicError
+from dinoray.generations import Generation, generations, replaced_reasons
 from dinoray.io.stores import Store, open_store
 from dinoray.ledger import Ledger, Receipt
-from dinoray.units import Plan
+from dinoray.units import Plan, Unit
 
 DATA_FOLDERS = ("features", "dense")
 _SHOWN = 5
@@ -37,13 +39,13 @@ def open_run(url: str) -> tuple[Store, Plan, Ledger]:
     return store, Plan(store), Ledger(store)
 
 
-def verify_fast(store: Store, plan: Plan, ledger: Ledger, *, write_success: bool) -> dict[str, Any]:
+def verify_fast(store: Store, *, write_success: bool) -> dict[str, Any]:
     """Check the output and return its totals; `write_success` stores them as `_SUCCESS`, or removes a stale one.
 
     Raises OutputDamaged listing what is missing, foreign, or of another size; an incomplete output counts.
     """
     try:
-        totals = _check_fast(store, plan, ledger)
+        totals, _ = _check_fast(store)
     except OutputDamaged:
         if write_success:
             store.delete("_SUCCESS")
@@ -53,31 +55,59 @@ def verify_fast(store: Store, plan: Plan, ledger: Ledger, *, write_success: bool
     return totals
 
 
-def _check_fast(store: Store, plan: Plan, ledger: Ledger) -> dict[str, Any]:
-    done = ledger.done()
-    missing = [plan.unit_ids[n] for n in plan.pending(done)]
+def verify_deep(store: Store) -> dict[str, Any]:
+    """As `verify_fast`, then read everything: checksums, and plan = rows + quarantined, disjoint, per unit; a retry
+    holds only items that were quarantined before it.
+
+    Raises OutputDamaged listing every difference.
+    """
+    try:
+        totals, parts = _check_fast(store)
+        _check_deep(store, parts)
+    except OutputDamaged:
+        with contextlib.suppress(SystemicError):  # a read-only copy can be checked too
+            store.delete("_SUCCESS")
+        raise
+    return totals
+
+
+def _check_fast(store: Store) -> tuple[dict[str, Any], list[Generation]]:
+    parts = generations(store)
+    missing = [unit for part in parts for unit in _missing(part)]
     if missing:
-        raise OutputDamaged(f"{len(missing)} of {len(plan)} units are not done: {_some(missing)}", where=store.url,
+        units = sum(len(part.plan) for part in parts)
+        raise OutputDamaged(f"{len(missing)} of {units} units are not done: {_some(missing)}", where=store.url,
                             todo="run the same command again: it does what is missing")
     expected: dict[str, int] = {}
     totals: dict[str, Any] = {"units": 0, "items": 0, "rows": 0, "row_items": 0, "quarantined": 0, "bytes": 0}
     problems: list[str] = []
     tables: list[tuple[str, int]] = []
-    for receipt in ledger.receipts(plan.unit_ids):
-        totals["units"] += 1
-        for name in ("items", "rows", "row_items", "quarantined"):
-            totals[name] += getattr(receipt, name)
-        if receipt.items != receipt.row_items + receipt.quarantined:
-            problems.append(f"unit {receipt.unit}: {receipt.items} inputs, but {receipt.row_items} with rows and "
-                            f"{receipt.quarantined} quarantined")
-        for stored in receipt.objects:
-            expected[stored.key] = stored.bytes
-            totals["bytes"] += stored.bytes
-            if stored.key.startswith("features/"):
-                tables.append((stored.key, receipt.rows))
-    if totals["items"] != plan.num_items:
-        problems.append(f"the receipts hold {totals['items']} inputs, the plan {plan.num_items}")
-    found = {key: size for folder in (*DATA_FOLDERS, f"{ledger.prefix}/quarantine") for key, size in store.list(folder)}
+    found: dict[str, int] = {}
+    for part in parts:
+        planned = 0
+        for receipt in part.ledger.receipts(part.plan.unit_ids):
+            planned += receipt.items
+            replaced = replaced_reasons(part.plan, receipt.unit)
+            totals["units"] += 1
+            totals["items"] += receipt.items if replaced is None else 0
+            for name in ("rows", "row_items", "quarantined"):
+                totals[name] += getattr(receipt, name)
+            totals["quarantined"] -= sum((replaced or {}).values())
+            if receipt.items != receipt.row_items + receipt.quarantined:
+                problems.append(f"unit {receipt.unit}: {receipt.items} inputs, but {receipt.row_items} with rows and "
+                                f"{receipt.quarantined} quarantined")
+            if receipt.fingerprint != part.plan.facts["fingerprint"]:
+                problems.append(f"unit {receipt.unit}: its receipt has the fingerprint of another job, {receipt.fingerprint}")
+            for stored in receipt.objects:
+                expected[stored.key] = stored.bytes
+                totals["bytes"] += stored.bytes
+                if stored.key.startswith("features/"):
+                    tables.append((stored.key, receipt.rows))
+        if planned != part.plan.num_items:
+            problems.append(f"the receipts of {part.prefix} hold {planned} inputs, its plan {part.plan.num_items}")
+        found |= dict(store.list(f"{part.ledger.prefix}/quarantine"))
+    for folder in DATA_FOLDERS:
+        found |= {key: size for key, size in store.list(folder) if not _is_debris(key)}
     problems += [f"missing: {key}" for key in expected if key not in found]
     problems += [f"{_FOREIGN}: {key}" for key in found if key not in expected]
     problems += [f"{key}: {found[key]} bytes, the receipt says {size}" for key, size in expected.items()
@@ -86,32 +116,38 @@ def _check_fast(store: Store, plan: Plan, ledger: Ledger) -> dict[str, Any]:
         with ThreadPoolExecutor(8) as pool:
             problems += [p for p in pool.map(lambda t: _footer(store, *t), tables) if p]
     _raise_if(problems, store)
-    totals["fingerprint"] = plan.facts["fingerprint"]
-    return totals
+    totals["fingerprint"] = parts[0].plan.facts["fingerprint"]
+    return totals, parts
 
 
-def verify_deep(store: Store, plan: Plan, ledger: Ledger) -> dict[str, Any]:
-    """As `verify_fast`, then read everything: checksums, and plan = rows + quarantined, disjoint, per unit.
-
-    Raises OutputDamaged listing every difference.
-    """
-    try:
-        return _check_deep(store, plan, ledger)
-    except OutputDamaged:
-        with contextlib.suppress(SystemicError):  # a read-only copy can be checked too
-            store.delete("_SUCCESS")
-        raise
+def _missing(part: Generation) -> list[str]:
+    return [part.plan.unit_ids[n] for n in part.plan.pending(part.ledger.done())]
 
 
-def _check_deep(store: Store, plan: Plan, ledger: Ledger) -> dict[str, Any]:
-    totals = _check_fast(store, plan, ledger)
+def _is_debris(key: str) -> bool:
+    """Files that desktops leave in every folder they look at."""
+    name = key.rsplit("/", 1)[-1]
+    return name in (".DS_Store", "Thumbs.db", "desktop.ini") or name.startswith("._")
+
+
+def _check_deep(store: Store, parts: list[Generation]) -> None:
+    problems: list[str] = []
+    before: Counter[str] = Counter()  # quarantined so far, by id
     with ThreadPoolExecutor(4) as pool:
-        pairs = zip(plan.units(), ledger.receipts(plan.unit_ids), strict=True)
-        problems: list[str] = []
-        while some := list(islice(pairs, 64)):  # `map` takes all it is given at once, and a plan may be large
-            problems += [p for found in pool.map(lambda pair: _deep_unit(store, *pair), some) for p in found]
+        for part in parts:
+            pairs = zip(part.plan.units(), part.ledger.receipts(part.plan.unit_ids), strict=True)
+            while some := list(islice(pairs, 64)):  # `map` takes all it is given at once, and a plan may be large
+                for (unit, _), (found, quarantined) in zip(some, pool.map(lambda pair: _deep_unit(store, *pair), some),
+                                                           strict=True):
+                    problems += found
+                    if part.kind == "retry":
+                        planned = Counter(item.item_id for item in unit.items)
+                        if planned - before:
+                            problems.append(f"unit {unit.id}: it retries items that were not quarantined: "
+                                            f"{_some(sorted(planned - before))}")
+                        before -= planned
+                    before.update(quarantined)
     _raise_if(problems, store)
-    return totals
 
 
 def _footer(store: Store, key: str, expected: int) -> str | None:
@@ -123,7 +159,8 @@ def _footer(store: Store, key: str, expected: int) -> str | None:
     return None if rows == expected else f"{key}: {rows} rows, the receipt says {expected}"
 
 
-def _deep_unit(store: Store, unit: Any, receipt: Receipt) -> list[str]:
+def _deep_unit(store: Store, unit: Unit, receipt: Receipt) -> tuple[list[str], list[str]]:
+    """What is wrong with a unit, and the ids that it quarantined."""
     problems: list[str] = []
     with_rows: set[str] = set()
     quarantined: list[str] = []
@@ -136,13 +173,13 @@ def _deep_unit(store: Store, unit: Any, receipt: Receipt) -> list[str]:
         elif "/quarantine/" in stored.key:
             quarantined = pq.read_table(io.BytesIO(data), columns=["item_id"])["item_id"].to_pylist()
     if problems:
-        return problems
+        return problems, quarantined
     planned = [item.item_id for item in unit.items]
     if with_rows & set(quarantined):
         problems.append(f"unit {unit.id}: both rows and quarantine: {_some(sorted(with_rows & set(quarantined)))}")
     if sorted([*with_rows, *quarantined]) != sorted(planned):
         problems.append(f"unit {unit.id}: rows and quarantine do not add up to the {len(planned)} planned inputs")
-    return problems
+    return problems, quarantined
 
 
 def _some(names: list[str]) -> str:

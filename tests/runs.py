@@ -19,9 +19,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from dinoray.config import ExtractImagesJob
-from dinoray.extraction import Outcome, extract_images
+from dinoray.extraction import extract_images
 from dinoray.io.items import FileRef, Item
 from dinoray.io.stores import Store, open_store
+from dinoray.session import Outcome
 from dinoray.units import Plan, PlanWriter, item_digest, item_row
 from dinoray.verification import open_run, verify_deep
 from dinoray.vision.backbone import Backbone
@@ -57,7 +58,7 @@ def data_objects(out: Path | str) -> dict[str, bytes]:
 def check_whole(out: Path) -> None:
     """Everything that must hold of a finished output, from its files alone."""
     store, plan, ledger = open_run(str(out))
-    verify_deep(store, plan, ledger)  # checksums, rows, planned = rows + quarantined, disjoint
+    verify_deep(store)  # checksums, rows, planned = rows + quarantined, disjoint
     receipts = list(ledger.receipts(plan.unit_ids))
     named = {stored.key for receipt in receipts for stored in receipt.objects}
     assert set(data_objects(out)) == {key for key in named if key.startswith(("features/", "dense/"))}

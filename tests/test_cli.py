@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from dinoray import cli
 from dinoray.config import ExtractImagesJob
 from dinoray.errors import BadRequest, ItemError, NoProgress, SystemicError, TooManyFailures
-from dinoray.extraction import resume_command
+from dinoray.request import resume_command
 from tests.conftest import texture
 from tests.runs import run, use_tiny_backbone
 
@@ -246,7 +246,7 @@ FIELDS = {
 def test_the_resume_command_is_the_same_job(monkeypatch, fields: dict, sources: list[str], out: str) -> None:
     job = ExtractImagesJob(sources=tuple(sources), out=out, **fields)
     seen: list[ExtractImagesJob] = []
-    monkeypatch.setattr("dinoray.extraction.extract_images", lambda job, say: seen.append(job) or _Done())
+    monkeypatch.setattr("dinoray.extraction.extract_images", lambda job, say, leave: seen.append(job) or _Done())
     words = shlex.split(resume_command(job))
     assert words[0] == "dinoray"
     monkeypatch.setattr(sys, "argv", words)
@@ -263,7 +263,7 @@ class _Done:
 def test_the_resume_command_of_words_that_look_like_flags(monkeypatch) -> None:
     job = ExtractImagesJob(sources=("-in", "--where"), out="-out", pattern="-p", where={"-k": "-v"})
     seen: list[ExtractImagesJob] = []
-    monkeypatch.setattr("dinoray.extraction.extract_images", lambda job, say: seen.append(job) or _Done())
+    monkeypatch.setattr("dinoray.extraction.extract_images", lambda job, say, leave: seen.append(job) or _Done())
     monkeypatch.setattr(sys, "argv", shlex.split(resume_command(job)))
     with pytest.raises(SystemExit):
         cli.main()

@@ -130,7 +130,7 @@ def changed(**fields: object) -> list[Item]:
 def test_what_differs_is_named(listing: list[Item], needles: list[str]) -> None:
     plan = plan_of(LISTING)
     with spool_items(listing) as spool, pytest.raises(ChangedRequest) as caught:
-        check_same_inputs(plan, spool)
+        check_same_inputs([plan], spool)
     for needle in needles:
         assert needle in caught.value.what
     assert "--out" in caught.value.todo
@@ -139,7 +139,7 @@ def test_what_differs_is_named(listing: list[Item], needles: list[str]) -> None:
 def test_the_same_listing_is_the_same() -> None:
     plan = plan_of(LISTING)
     with spool_items(iter(LISTING)) as spool:
-        check_same_inputs(plan, spool)
+        check_same_inputs([plan], spool)
     assert plan.num_items == len(LISTING)
     assert plan.facts["metadata_columns"] == ["Metadata_Well"]
     assert plan.facts["num_bytes"] == 10 * len(LISTING)
@@ -148,4 +148,4 @@ def test_the_same_listing_is_the_same() -> None:
 def test_a_lost_duplicate_is_a_change() -> None:
     plan = plan_of(LISTING)
     with spool_items(LISTING[:-1]) as spool, pytest.raises(ChangedRequest):
-        check_same_inputs(plan, spool)
+        check_same_inputs([plan], spool)

@@ -42,11 +42,11 @@ def out(finished: Path, tmp_path: Path) -> Path:
 
 
 def fast(out: Path, write_success: bool = False) -> dict:
-    return verify_fast(*open_run(str(out)), write_success=write_success)
+    return verify_fast(open_run(str(out))[0], write_success=write_success)
 
 
 def deep(out: Path) -> dict:
-    return verify_deep(*open_run(str(out)))
+    return verify_deep(open_run(str(out))[0])
 
 
 def first(out: Path, pattern: str) -> Path:

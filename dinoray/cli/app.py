@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from dinoray.driver import give_up
 from dinoray.errors import DinorayError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -27,19 +28,27 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def with_signals(resume: str) -> None:
-    """On SIGTERM and Ctrl-C: say how to resume and leave at once. Units in flight are abandoned: without a
-    receipt they are redone, and everything a killed process may leave is replaced or removed then."""
+def with_signals(resume: str) -> Callable[[str], None]:
+    """On SIGTERM and Ctrl-C, or when the returned function is called: say how to resume and leave at once.
 
-    def leave(number: int, frame: FrameType | None) -> None:
-        del frame
+    Units in flight are abandoned: without a receipt they are redone, and everything a killed process may leave is
+    replaced or removed then.
+    """
+
+    def leave(why: str) -> None:
         if sys.stderr.isatty():
             os.write(2, b"\x1b[?25h")  # the live line hides the cursor
-        os.write(1, f"\nstopped by {signal.Signals(number).name}; resume with: {resume}\n".encode())
+        os.write(1, f"\nstopped by {why}; resume with: {resume}\n".encode())
+        give_up()
         os._exit(1)  # the local Ray and its actors end with this process; waiting for them could take minutes
 
-    signal.signal(signal.SIGTERM, leave)
-    signal.signal(signal.SIGINT, leave)
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        del frame
+        leave(signal.Signals(number).name)
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+    return leave
 
 
 def guarded(call: Callable[[], int]) -> int:

@@ -82,10 +82,11 @@ def _pair(text: str) -> tuple[str, str]:
 
 def run_extract_images(job: ExtractImagesJob) -> int:
     """Run the job with signals handled; returns the exit code."""
-    from dinoray.extraction import absolute, extract_images, resume_command
+    from dinoray.extraction import extract_images
+    from dinoray.request import absolute, resume_command
 
-    with_signals(resume_command(absolute(job)))
-    return extract_images(job, say).exit_code
+    leave = with_signals(resume_command(absolute(job)))
+    return extract_images(job, say, leave=leave).exit_code
 
 
 extract.command("images")(job_command(ExtractImagesJob, run_extract_images))

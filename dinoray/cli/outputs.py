@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated
 
 import typer
 
-from dinoray.cli.app import Out, app, say
+from dinoray.cli.app import Out, app, say, with_signals
 from dinoray.errors import BadRequest
 
 
@@ -27,8 +28,8 @@ def verify(out: Out, deep: Annotated[bool, typer.Option("--deep", help="Read eve
 
     if deep and fast:
         raise BadRequest("--deep and --fast exclude each other", todo="give one of them; without one it is --fast")
-    store, plan, ledger = open_run(out)
-    totals = verify_deep(store, plan, ledger) if deep else verify_fast(store, plan, ledger, write_success=True)
+    store = open_run(out)[0]
+    totals = verify_deep(store) if deep else verify_fast(store, write_success=True)
     say(f"whole: {totals['items']} images in {totals['units']} units, {totals['rows']} rows, "
         f"{totals['quarantined']} quarantined, {totals['bytes']} bytes" + (", all checksums match" if deep else ""))
 
@@ -39,3 +40,49 @@ def report(out: Out, to: Annotated[str | None, typer.Option("--to", help="File t
     from dinoray.report.html import write_report
 
     say(f"report {write_report(out, to)}")
+
+
+Workers = Annotated[str | None, typer.Option(help="auto, a number of actors, or MIN,MAX [as before].")]
+NoRay = Annotated[bool | None, typer.Option("--no-ray/--ray", help="In this process, without Ray [as before].",
+                                            show_default=False)]
+Weights = Annotated[str | None, typer.Option(help="Where the same weights lie now, if they were moved.")]
+Fraction = Annotated[float | None, typer.Option(help="Share of quarantined items that stops the run [as before].")]
+Takeover = Annotated[bool, typer.Option("--takeover", help="Take the output from a driver that you know to be gone.")]
+
+
+@app.command()
+def retry(out: Out, reason: Annotated[list[str] | None, typer.Option("--reason", help="Only these reasons [all].")] = None,
+          workers: Workers = None, no_ray: NoRay = None, weights: Weights = None, max_failed_fraction: Fraction = None,
+          takeover: Takeover = False) -> None:
+    """Try quarantined items again, as their files are now; what was committed stays as it is."""
+    from dinoray.repair import retry
+
+    leave = with_signals(shlex.join(["dinoray", "retry", out]))
+    outcome = retry(out, reasons=reason or (), say=say, leave=leave, workers=workers, no_ray=no_ray, weights=weights,
+                    max_failed_fraction=max_failed_fraction, takeover=takeover)
+    raise typer.Exit(outcome.exit_code)
+
+
+@app.command()
+def extend(out: Out, sources: Annotated[list[str], typer.Argument(help="What to add: folders, files, globs, URLs, manifests.")],
+           workers: Workers = None, no_ray: NoRay = None, weights: Weights = None, max_failed_fraction: Fraction = None,
+           takeover: Takeover = False) -> None:
+    """Add new inputs to a run, with the settings it was made with; inputs that it holds already are passed over."""
+    from dinoray.repair import extend
+
+    leave = with_signals(shlex.join(["dinoray", "extend", out, *sources]))
+    outcome = extend(out, sources, say=say, leave=leave, workers=workers, no_ray=no_ray, weights=weights,
+                     max_failed_fraction=max_failed_fraction, takeover=takeover)
+    raise typer.Exit(outcome.exit_code)
+
+
+@app.command()
+def stop(out: Out, drain: Annotated[bool, typer.Option("--drain", help="Finish the units in work first.")] = False,
+         timeout_s: Annotated[float | None, typer.Option(help="Wait no longer than this (s) for it to end.")] = None) -> None:
+    """Ask the run that is at work on an output to end; running its command again resumes it."""
+    from dinoray.driver import stop
+    from dinoray.io.stores import open_store
+
+    if not stop(open_store(out), drain=drain, say=say, timeout_s=timeout_s):
+        say("it has not ended yet; the request stands")
+        raise typer.Exit(1)

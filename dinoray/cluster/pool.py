@@ -20,10 +20,11 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.data._internal.logging import configure_logging
 
 from dinoray.cluster.resources import ActorShape
-from dinoray.errors import DinorayError, NoProgress, SystemicError
+from dinoray.errors import DinorayError, SystemicError
 from dinoray.ledger import Receipt
-from dinoray.runners.base import Runner
+from dinoray.runners.base import Runner, UnitLeft
 from dinoray.runners.build import RunnerSpec, build_runner
+from dinoray.runners.rounds import PAUSE_S, Round, run_rounds
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +88,11 @@ class LeaseActor:
         for units in batch["units"]:
             numbers = [int(n) for n in str(units).split(",")]
             try:
-                for receipt in self.runner.lease(numbers):
-                    yield {"receipt": [receipt.to_json()], "error": [""]}
+                for result in self.runner.lease(numbers):
+                    if isinstance(result, UnitLeft):
+                        yield {"receipt": [""], "error": [str(result.error)]}
+                    else:
+                        yield {"receipt": [result.to_json()], "error": [""]}
             except DinorayError as error:
                 # as a row, so that one unit's trouble does not cancel the other actors' work; the driver decides
                 yield {"receipt": [""], "error": [("systemic: " if error.exit_code == 2 or
@@ -107,32 +111,24 @@ def leases(pending: Sequence[int]) -> list[str]:
 
 
 def run_units(spec: RunnerSpec, recompute_pending: Callable[[], list[int]], on_receipt: Callable[[Receipt], None],
-              *, shape: ActorShape, rounds: int, stall_timeout_s: float) -> None:
+              *, shape: ActorShape, rounds: int, stall_timeout_s: float, check: Callable[[], None] = lambda: None,
+              pause_s: float = PAUSE_S) -> None:
     """Run all pending units on a pool of actors; `on_receipt` sees each new receipt once, on this thread.
 
-    Raises what `on_receipt` raises, SystemicError when an actor says that nothing can work, NoProgress after
-    `rounds` rounds without a new receipt (with the last trouble).
+    Raises what `on_receipt` and `check` (called between rounds) raise, SystemicError when an actor says that nothing
+    can work, NoProgress after `rounds` rounds without a new receipt (with the last trouble).
     """
-    idle_rounds, trouble = 0, ""
-    seen: set[str] = set()
-    while pending := recompute_pending():
-        if idle_rounds >= rounds:
-            raise NoProgress(f"{len(pending)} units are left after {rounds} rounds without progress; last: {trouble}",
-                             where=spec.out, todo="mend the cause, then run the same command again: it resumes")
-        before = len(seen)
-        trouble = _round(spec, pending, seen, on_receipt, shape, stall_timeout_s) or "no error was reported"
-        idle_rounds = 0 if len(seen) > before else idle_rounds + 1
+    run_rounds(recompute_pending, on_receipt, lambda pending, this: _round(spec, pending, this, shape, stall_timeout_s),
+               rounds=rounds, where=spec.out, workers=shape.max_workers, check=check, pause_s=pause_s)
 
 
-def _round(spec: RunnerSpec, pending: list[int], seen: set[str], on_receipt: Callable[[Receipt], None],
-           shape: ActorShape, stall_timeout_s: float) -> str:
-    """One Dataset over the pending units; returns the last trouble, or an empty text."""
+def _round(spec: RunnerSpec, pending: list[int], this: Round, shape: ActorShape, stall_timeout_s: float) -> None:
+    """One Dataset over the pending units."""
     rows: queue.Queue[Any] = queue.Queue()
     stop = threading.Event()
     monitor = Monitor.remote()
     thread = threading.Thread(target=_execute, args=(spec, pending, shape, monitor, rows, stop), daemon=True)
     thread.start()
-    trouble = ""
     try:
         while True:
             try:
@@ -141,30 +137,35 @@ def _round(spec: RunnerSpec, pending: list[int], seen: set[str], on_receipt: Cal
                 silent_s = time.time() - (ray.get(monitor.last_beat.remote()) or time.time())  # 0 until an actor is up
                 if silent_s < stall_timeout_s:
                     continue
-                trouble = f"no actor has moved for {silent_s:.0f} s"
-                logger.warning("%s: starting a new round", trouble)
-                for actor in ray.get(monitor.actors.remote()):
-                    ray.kill(actor, no_restart=True)  # SIGKILL: ends stopped processes too
-                thread.join(timeout=60)
-                return trouble
+                this.trouble = f"no actor has moved for {silent_s:.0f} s"
+                logger.warning("%s: starting a new round", this.trouble)
+                _kill_actors(monitor, thread)
+                return
             if row is None:
-                return trouble
+                return
             if isinstance(row, Exception):
                 logger.warning("a round ended with %s: %s", type(row).__name__, str(row).strip()[-2000:])
-                return f"{type(row).__name__}: {str(row).strip()[-500:]}"
-            if row["error"]:
-                text = row["error"].removeprefix("systemic: ")
-                if text != row["error"]:
-                    raise SystemicError(text, todo="mend the cause, then run the same command again: it resumes")
-                trouble = text
-                logger.warning("a unit was left for the next round: %s", text)
+                this.trouble = f"{type(row).__name__}: {str(row).strip()[-500:]}"
+                return
+            text = row["error"]
+            if text.startswith("systemic: "):
+                raise SystemicError(text.removeprefix("systemic: "),
+                                    todo="mend the cause, then run the same command again: it resumes")
+            if text:
+                this.left(text)
+                if this.hopeless:
+                    _kill_actors(monitor, thread)
+                    return
                 continue
-            receipt = Receipt.from_json(row["receipt"])
-            if receipt.unit not in seen:
-                seen.add(receipt.unit)
-                on_receipt(receipt)
+            this.receipt(Receipt.from_json(row["receipt"]))
     finally:
         stop.set()
+
+
+def _kill_actors(monitor: Any, thread: threading.Thread) -> None:
+    for actor in ray.get(monitor.actors.remote()):
+        ray.kill(actor, no_restart=True)  # SIGKILL: ends stopped processes too
+    thread.join(timeout=60)
 
 
 def _execute(spec: RunnerSpec, pending: list[int], shape: ActorShape, monitor: Any, rows: queue.Queue,

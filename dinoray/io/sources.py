@@ -78,6 +78,7 @@ def list_items(
     pattern: str | None = "auto",
     where: dict[str, str] | None = None,
     limit: int | None = None,
+    root: str | None = None,
 ) -> ItemListing:
     """List the images of `sources` as Items.
 
@@ -88,6 +89,8 @@ def list_items(
     where: {"Plate": "BR001*"} keeps items whose Metadata_Plate matches (fnmatch, case counts; `Metadata_` may
         be left out).
     limit: at most the first N items.
+    root: what ids are relative to, instead of the folder that the sources have in common; inputs that lie elsewhere
+        have their full URI as id.
 
     Raises BadRequest when a source does not exist or is not accessible, and when nothing is found;
     TransientError for storage trouble. While the items are read, the same may come up.
@@ -100,7 +103,7 @@ def list_items(
     requests: dict[str, _Request] = {}
     manifests: list[str] = []
     roots = [_add_source(source, requests, manifests) for source in sources]
-    listing = ItemListing(iter(()), _common_root(roots))
+    listing = ItemListing(iter(()), _common_root(roots) if root is None else root)
 
     def listed() -> Iterator[Item]:
         for name in sorted(requests):

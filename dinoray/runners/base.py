@@ -8,6 +8,7 @@ objects of j-1 are encoded and stored by a writer thread.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
@@ -18,12 +19,15 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Protocol
 
-from dinoray.errors import ItemError
+from dinoray.driver import stop_mode
+from dinoray.errors import DinorayError, ItemError, TransientError
 from dinoray.failpoints import reach
 from dinoray.io.items import Item
 from dinoray.ledger import Ledger, Receipt, StoredObject
 from dinoray.memory.meter import rss_peak
 from dinoray.units import Plan, Unit
+
+logger = logging.getLogger(__name__)
 
 READ_AHEAD_PER_THREAD = 2
 """Items decoded ahead, per decode thread."""
@@ -37,9 +41,17 @@ class Runner(Protocol):
     beats: int
     """Grows whenever the runner has done something: what a watchdog looks at."""
 
-    def lease(self, numbers: Sequence[int]) -> Iterator[Receipt]: ...
+    def lease(self, numbers: Sequence[int]) -> Iterator[Receipt | UnitLeft]: ...
 
     def close(self) -> None: ...
+
+
+@dataclass
+class UnitLeft:
+    """A unit that met transient trouble: no receipt was written, it stays pending."""
+
+    number: int
+    error: TransientError
 
 
 @dataclass
@@ -50,6 +62,8 @@ class Loaded:
     item: Item
     value: Any = None
     error: ItemError | None = None
+    trouble: TransientError | None = None
+    """Why the whole unit must be left for later."""
 
 
 @dataclass
@@ -59,7 +73,12 @@ class _Start:
     unit: Unit
     receipt: Receipt | None
     attempt: int = 0
+    isolated: bool = False
+    """It is worked on in a child process; none of its items is read here."""
 
+
+ISOLATE_AFTER = 2
+"""So many starts of a unit whose process died; the next is run in a child process (dinoray.runners.isolation)."""
 
 Finish = Callable[[], None]
 """The last part of a unit's work: store what is left and complete the receipt (writer thread)."""
@@ -75,6 +94,10 @@ class UnitRunner:
         self.plan, self.ledger = plan, ledger
         self.decode_threads, self.prefetch_bytes = decode_threads, prefetch_bytes
         self.beats = 0
+        self.isolate: Callable[[int, int, Callable[[], None]], Receipt] | None = None
+        """Run unit `number`, start `attempt`, in a child process; set by `build_runner`."""
+        self._open: dict[str, int] = {}
+        """Units begun and not settled: {id: attempt}."""
         self._pool = ThreadPoolExecutor(decode_threads, thread_name_prefix="decode")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="commit")
         self._putter = ThreadPoolExecutor(2, thread_name_prefix="put")
@@ -96,11 +119,34 @@ class UnitRunner:
         """Store an object of the unit in the background."""
         return self._putter.submit(self.ledger.put_object, key, data)
 
-    def lease(self, numbers: Sequence[int]) -> Iterator[Receipt]:
-        """Do these units in order; yields the receipt of each, also of those that were done already."""
+    def lease(self, numbers: Sequence[int]) -> Iterator[Receipt | UnitLeft]:
+        """Do these units in order; yields the receipt of each, also of those that were done already.
+
+        Transient trouble leaves its unit (UnitLeft) and goes on. After `dinoray stop` no further unit is begun.
+        """
+        try:
+            for result in self._lease(numbers):
+                if isinstance(result, Receipt):
+                    self._open.pop(result.unit, None)
+                yield result
+        except BaseException as error:
+            self._end_open(type(error).__name__)
+            raise
+        self._end_open("left")
+
+    def _end_open(self, why: str) -> None:
+        """Note for the units that have no receipt that their process lives: what came up is no poison."""
+        while self._open:
+            unit_id, attempt = self._open.popitem()
+            try:
+                self.ledger.end(unit_id, attempt, why)
+            except (DinorayError, OSError) as error:  # the storage is what is wrong: the start counts as a death
+                logger.warning("the end of unit %s could not be noted: %s", unit_id, error)
+
+    def _lease(self, numbers: Sequence[int]) -> Iterator[Receipt | UnitLeft]:
         stream = _read_ahead(self._work(numbers), self._submit, count=READ_AHEAD_PER_THREAD * self.decode_threads,
                              max_bytes=self.prefetch_bytes)
-        storing: Future[Receipt] | None = None
+        storing: Future[Receipt | UnitLeft] | None = None
         for _, entries in groupby(stream, key=lambda entry: entry.unit.number):
             start = next(entries)
             next_one = None if start.receipt is not None else self._run(start, entries)  # noqa: B031
@@ -112,15 +158,43 @@ class UnitRunner:
         if storing is not None:
             yield storing.result()
 
+    def try_item(self, unit: Unit, position: int) -> None:
+        """Work on one item of a unit alone and throw the result away; nothing is stored. Bad items are no error here."""
+        one = Unit(unit.number, unit.id, (unit.items[position],))
+        kept, self.ledger = self.ledger, _DryLedger(self.ledger.store, self.ledger.prefix)
+        try:
+            self.process(one, [self._load(one, one.items[0])], self._new_receipt(one, 0))
+        finally:
+            self.ledger = kept
+
+    def run_alone(self, unit: Unit, attempt: int, bad: dict[int, ItemError]) -> Receipt:
+        """Run one unit here and now, with the items at `bad` quarantined unread. Raises TransientError."""
+        began = time.monotonic()
+        receipt = self._new_receipt(unit, attempt)
+        receipt.isolated = True
+        entries = (Loaded(unit, item, error=bad[position]) if position in bad else self._load(unit, item)
+                   for position, item in enumerate(unit.items))
+        result = self._commit(self.process(unit, _untroubled(entries), receipt), receipt, began)
+        if isinstance(result, UnitLeft):
+            raise result.error
+        return result
+
     def _work(self, numbers: Sequence[int]) -> Iterator[_Start | tuple[Unit, Item]]:
         for number in numbers:
+            if stop_mode(self.ledger.store):
+                return
             unit = self.plan.unit(number)
             receipt = self.ledger.receipt(unit.id)
             if receipt is not None:
                 yield _Start(unit, receipt)
                 continue
-            yield _Start(unit, None, self.ledger.begin(unit.id))
+            attempt = self.ledger.begin(unit.id)
             reach(f"{self.point}.begin")
+            self._open[unit.id] = attempt
+            if attempt > ISOLATE_AFTER and self.isolate is not None and self.ledger.deaths(unit.id, attempt) >= ISOLATE_AFTER:
+                yield _Start(unit, None, attempt, isolated=True)
+                continue
+            yield _Start(unit, None, attempt)
             for item in unit.items:
                 yield unit, item
 
@@ -129,30 +203,66 @@ class UnitRunner:
 
     def _load(self, unit: Unit, item: Item) -> Loaded:
         self.beats += 1
+        reach("item.load", item.item_id)
         try:
             return Loaded(unit, item, value=self.load(item))
         except ItemError as error:
             return Loaded(unit, item, error=error)
+        except TransientError as error:
+            return Loaded(unit, item, trouble=error)
 
-    def _run(self, start: _Start, entries: Iterator[Loaded]) -> Future[Receipt]:
+    def _new_receipt(self, unit: Unit, attempt: int) -> Receipt:
+        return Receipt(unit=unit.id, number=unit.number, fingerprint=self.plan.facts["fingerprint"], plate=unit.plate,
+                       items=len(unit.items), attempt=attempt, worker={"host": socket.gethostname(), "pid": os.getpid()})
+
+    def _run(self, start: _Start, entries: Iterator[Loaded]) -> Future[Receipt | UnitLeft]:
         began = time.monotonic()
-        unit = start.unit
-        receipt = Receipt(unit=unit.id, number=unit.number, fingerprint=self.plan.facts["fingerprint"],
-                          plate=unit.plate, items=len(unit.items), attempt=start.attempt,
-                          worker={"host": socket.gethostname(), "pid": os.getpid()})
-        finish = self.process(unit, entries, receipt)
+        try:
+            if start.isolated and self.isolate is not None:
+                return _finished(self.isolate(start.unit.number, start.attempt, self._beat))
+            receipt = self._new_receipt(start.unit, start.attempt)
+            finish = self.process(start.unit, _untroubled(entries), receipt)
+        except TransientError as error:
+            return _finished(UnitLeft(start.unit.number, error))
         return self._writer.submit(self._commit, finish, receipt, began)
 
-    def _commit(self, finish: Finish, receipt: Receipt, began: float) -> Receipt:
+    def _beat(self) -> None:
+        self.beats += 1
+
+    def _commit(self, finish: Finish, receipt: Receipt, began: float) -> Receipt | UnitLeft:
         reach(f"{self.point}.data")
-        finish()
-        receipt.seconds["wall"] = time.monotonic() - began
-        receipt.seconds = {stage: round(value, 4) for stage, value in receipt.seconds.items()}
-        receipt.memory.setdefault("rss_peak", rss_peak())
-        reach(f"{self.point}.receipt")
-        kept = self.ledger.commit(receipt)
+        try:
+            finish()
+            receipt.seconds["wall"] = time.monotonic() - began
+            receipt.seconds = {stage: round(value, 4) for stage, value in receipt.seconds.items()}
+            receipt.memory.setdefault("rss_peak", rss_peak())
+            reach(f"{self.point}.receipt")
+            kept = self.ledger.commit(receipt)
+        except TransientError as error:
+            return UnitLeft(receipt.number, error)
         reach(f"{self.point}.done")
         return kept
+
+
+class _DryLedger(Ledger):
+    """A ledger that stores nothing: for trying an item."""
+
+    def put_object(self, key: str, data: bytes | memoryview) -> StoredObject:
+        return StoredObject(key, len(data), "")
+
+
+def _finished(result: Receipt | UnitLeft) -> Future[Receipt | UnitLeft]:
+    future: Future[Receipt | UnitLeft] = Future()
+    future.set_result(result)
+    return future
+
+
+def _untroubled(entries: Iterable[Loaded]) -> Iterator[Loaded]:
+    """The entries; raises the TransientError of the first one that has met one."""
+    for entry in entries:
+        if entry.trouble is not None:
+            raise entry.trouble
+        yield entry
 
 
 def _read_ahead(work: Iterator[_Start | tuple[Unit, Item]], submit: Callable[[tuple[Unit, Item]], Future[Loaded]],
@@ -164,10 +274,10 @@ def _read_ahead(work: Iterator[_Start | tuple[Unit, Item]], submit: Callable[[tu
     """
     ahead: deque[tuple[_Start | Future[Loaded], int]] = deque()
     held = items = 0
-    exhausted = False
+    exhausted = blocked = False
     try:
         while True:
-            while not exhausted and (not ahead or (items < count and held < max_bytes)):
+            while not (exhausted or blocked) and (not ahead or (items < count and held < max_bytes)):
                 try:
                     entry = next(work)
                 except StopIteration:
@@ -175,6 +285,7 @@ def _read_ahead(work: Iterator[_Start | tuple[Unit, Item]], submit: Callable[[tu
                     break
                 if isinstance(entry, _Start):
                     ahead.append((entry, 0))
+                    blocked = entry.isolated  # no later item is read here before it is worked on
                     if not items and entry.receipt is not None:
                         break  # a finished unit is reported at once, not after the next ones were read
                     continue
@@ -187,6 +298,7 @@ def _read_ahead(work: Iterator[_Start | tuple[Unit, Item]], submit: Callable[[tu
             entry, cost = ahead.popleft()
             held -= cost
             items -= bool(cost)
+            blocked = blocked and not (isinstance(entry, _Start) and entry.isolated)
             yield entry if isinstance(entry, _Start) else entry.result()
     finally:
         for entry, _ in ahead:

@@ -9,6 +9,7 @@ import io
 import os
 import tempfile
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,11 @@ from dinoray.errors import BadRequest, OutputDamaged, WeightsError
 from dinoray.io.images import Limits
 from dinoray.io.stores import LocalStore, open_store, safe_join
 from dinoray.ledger import Ledger
-from dinoray.runners.base import Runner
+from dinoray.runners.base import Runner, UnitRunner
 from dinoray.units import Plan
+
+MIN_ITEM_TIMEOUT_S = 60.0
+"""An item that is worked on alone has at least so long to give a sign."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class RunnerSpec:
     prefix: str = "_dinoray"
     job: dict[str, Any] = field(default_factory=dict)
     weights: str | None = None
-    """`random:SEED`, or the staged folder's URL."""
+    """`random:SEED`, or the staged folder's URL; None loads what the job names."""
     digest: str = ""
     decode_threads: int = 2
     compute_threads: int = 1
@@ -40,6 +44,16 @@ class RunnerSpec:
 
 def build_runner(spec: RunnerSpec, backbone: Any = None) -> Runner:
     """Build a runner in this process. `backbone` saves loading where the caller holds it already."""
+    runner = _build(spec, backbone)
+    if isinstance(runner, UnitRunner):
+        from dinoray.runners.isolation import run_isolated
+
+        timeout_s = max(MIN_ITEM_TIMEOUT_S, spec.job.get("stall_timeout_s", MIN_ITEM_TIMEOUT_S))
+        runner.isolate = partial(run_isolated, spec, item_timeout_s=timeout_s)
+    return runner
+
+
+def _build(spec: RunnerSpec, backbone: Any) -> Runner:
     store = open_store(spec.out)
     plan, ledger = Plan(store, spec.prefix), Ledger(store, spec.prefix)
     if spec.kind == "null":
@@ -77,11 +91,11 @@ def _load(spec: RunnerSpec, numerics: dict[str, Any]) -> Any:
 
     from dinoray.vision.weights import load_backbone
 
-    weights = spec.weights or ""
-    if not weights.startswith("random"):
-        weights = str(_local_copy(weights))
+    weights = spec.weights if spec.weights is not None else spec.job["weights"]
+    if spec.weights is not None and not spec.weights.startswith("random"):
+        weights = str(_local_copy(spec.weights))
     backbone = load_backbone(spec.job["model"], weights, dtype=getattr(torch, numerics["precision"]),
-                             device=numerics["device"])
+                             device=numerics["device"], accept_license=bool(spec.job.get("accept_dinov3_license")))
     if backbone.digest != spec.digest:
         raise WeightsError(f"the staged weights have digest {backbone.digest[:16]}, the plan has {spec.digest[:16]}",
                            where=spec.weights or "", todo="delete the staged weights and run again")

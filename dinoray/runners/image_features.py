@@ -164,7 +164,7 @@ class ImageFeatureRunner(UnitRunner):
         seconds = dict.fromkeys(("read", "decode", "prepare", "wait_decode", "compute", "wait_compute", "wait_write", "write"), 0.0)
         receipt.seconds = seconds
         receipt.worker |= {"decode_threads": self.decode_threads, "compute_threads": self.compute_threads}
-        part = f"dense/{_folder(unit.plate)}part-{unit.id}.zarr"
+        part = f"dense/{_folder(unit.plate)}part-{unit.id}{self.plan.suffix}.zarr"
         puts: list[Future] = []
 
         def put(key: str, data: bytes | memoryview) -> None:
@@ -262,7 +262,7 @@ class ImageFeatureRunner(UnitRunner):
         if rows:
             columns = {f.name: ([row[f.name] for row in rows] if not pa.types.is_fixed_size_list(f.type)
                                 else np.stack([row[f.name] for row in rows])) for f in self.schema}
-            put(f"features/{_folder(unit.plate)}part-{unit.id}.parquet", write_table(columns, self.schema))
+            put(f"features/{_folder(unit.plate)}part-{unit.id}{self.plan.suffix}.parquet", write_table(columns, self.schema))
         receipt.rows, receipt.row_items = len(rows), len(good)
         receipt.quarantined = len(state.bad)
         if state.bad:

@@ -1,6 +1,6 @@
 """The statistics pass: units over a sample of images give the intensity scaling of every plate and channel.
 
-A unit writes `_dinoray/stats/part-<unit>.parquet`, an exact histogram: (group, channel, value, count). Float
+A unit writes `<prefix>/stats/part-<unit>.parquet`, an exact histogram: (group, channel, value, count). Float
 images contribute a regular grid of at most `FLOAT_VALUES` values each. `scaling_table` merges the parts into
 percentiles, which are stored beside the plan before it is sealed.
 """
@@ -86,7 +86,7 @@ class StatisticsRunner(UnitRunner):
             if tables:
                 sink = io.BytesIO()
                 pq.write_table(pa.concat_tables(tables), sink, compression="zstd")
-                receipt.objects.append(self.ledger.put_object(f"{PREFIX}/part-{unit.id}.parquet", sink.getbuffer()))
+                receipt.objects.append(self.ledger.put_object(f"{self.ledger.prefix}/part-{unit.id}.parquet", sink.getbuffer()))
 
         return finish
 

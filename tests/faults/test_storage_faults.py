@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -18,7 +19,7 @@ import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dinoray.errors import BadRequest, DinorayError, OutputDamaged, SystemicError, TransientError
+from dinoray.errors import BadRequest, DinorayError, NoProgress, OutputDamaged, SystemicError, TransientError
 from dinoray.io.stores import LocalStore
 from dinoray.ledger import Ledger
 from dinoray.verification import open_run, verify_deep, verify_fast
@@ -107,8 +108,9 @@ def test_a_put_that_fails_anywhere_is_mended_by_a_rerun(images: Path, clean: Pat
                                                         kind: Callable[[str], None]) -> None:
     at = data.draw(st.integers(1, puts))
     out = tmp_path_factory.mktemp("out") / "o"
-    expected = {transient: TransientError, broken: OSError, killed: KeyboardInterrupt}[kind]
-    with failing(at, kind) as keys, pytest.raises(expected):
+    expected = {broken: OSError, killed: KeyboardInterrupt}.get(kind)
+    # transient trouble ends a run only while it is planned; a unit is left and comes again in the next round
+    with failing(at, kind) as keys, pytest.raises(expected) if expected else contextlib.suppress(TransientError):
         run(images, out, **JOB)
     assert len(keys) >= at
     run(images, out, **JOB)
@@ -210,7 +212,7 @@ def test_finished_units_are_not_done_again_after_a_fault(images: Path, tmp_path:
     seen: list[str] = []
 
     def third(key: str) -> None:
-        raise TransientError("later")
+        raise SystemicError("later")
 
     real = LocalStore.put_if_absent
 
@@ -223,7 +225,7 @@ def test_finished_units_are_not_done_again_after_a_fault(images: Path, tmp_path:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LocalStore, "put_if_absent", put_if_absent)
-        with pytest.raises(TransientError):
+        with pytest.raises(SystemicError):
             run(images, out, **JOB)
     store, plan, ledger = open_run(str(out))
     done, before = ledger.done(), ledger.attempts()
@@ -242,7 +244,7 @@ def test_a_foreign_object_makes_the_run_and_verify_fail_by_name(images: Path, tm
     interrupted(images, out)
     (out / name).parent.mkdir(parents=True, exist_ok=True)
     (out / name).write_bytes(b"foreign")
-    for call in (lambda: run(images, out, **JOB), lambda: verify_fast(*open_run(str(out)), write_success=True)):
+    for call in (lambda: run(images, out, **JOB), lambda: verify_fast(open_run(str(out))[0], write_success=True)):
         with pytest.raises(OutputDamaged, match=name):
             call()
         assert not (out / "_SUCCESS").exists()
@@ -262,11 +264,11 @@ def test_verify_finds_deleted_resized_and_changed_objects_and_the_advice_works(
         data[len(data) // 2] ^= 255
         path.write_bytes(data)
         with pytest.raises(OutputDamaged) as caught:
-            verify_deep(*open_run(str(out)))
+            verify_deep(open_run(str(out))[0])
         assert key in caught.value.what
         (path.write_bytes if i % 2 else lambda _, path=path: path.unlink())(b"short")
         with pytest.raises(OutputDamaged) as caught:
-            verify_fast(*open_run(str(out)), write_success=True)
+            verify_fast(open_run(str(out))[0], write_success=True)
         assert key in caught.value.what
         assert "delete the receipts of the units named" in caught.value.todo
         unit = key.split("part-")[1].split(".")[0]
@@ -323,7 +325,7 @@ def test_records_that_cannot_be_read_are_named_not_overwritten(images: Path, cle
 
 
 @pytest.mark.parametrize(("error", "kind"), [
-    (OSError(errno.EIO, "Input/output error"), TransientError), (TimeoutError("slow"), TransientError),
+    (OSError(errno.EIO, "Input/output error"), NoProgress), (TimeoutError("slow"), NoProgress),
     (PermissionError(errno.EACCES, "Permission denied"), SystemicError)])
 def test_storage_trouble_while_reading_quarantines_nothing(images: Path, clean: Path, tmp_path: Path, error: OSError,
                                                           kind: type[Exception]) -> None:
@@ -341,7 +343,7 @@ def test_storage_trouble_while_reading_quarantines_nothing(images: Path, clean: 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "read_bytes", read_bytes)
         with pytest.raises(kind):
-            run(images, out, **JOB)
+            run(images, out, rounds=1, **JOB)
     assert "4.tif" not in Ledger(LocalStore(out)).quarantine(list(Ledger(LocalStore(out)).receipts(
         sorted(Ledger(LocalStore(out)).done()))))["item_id"].to_pylist()
     run(images, out, **JOB)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dinoray.errors import ItemError, SystemicError, TransientError
+from dinoray.errors import ItemError, NoProgress, SystemicError, TransientError
 from dinoray.io.items import Item
 from dinoray.ledger import Ledger, Receipt
-from dinoray.runners.base import DECODED_PER_FILE_BYTE, READ_AHEAD_PER_THREAD, Finish, Loaded, UnitRunner
+from dinoray.runners.base import DECODED_PER_FILE_BYTE, READ_AHEAD_PER_THREAD, Finish, Loaded, UnitLeft, UnitRunner
 from dinoray.runners.local import run_units
 from dinoray.runners.null import NullRunner
 from dinoray.units import Plan, Unit
@@ -172,8 +173,7 @@ def test_item_errors_stay_with_their_item() -> None:
     assert sorted(features(store).values()) == [b"", b"I0", b"I2,I3", b"I4,I5"]
 
 
-@pytest.mark.parametrize("error", [TransientError("throttled"), SystemicError("denied"), ValueError("bug"),
-                                   MemoryError("host")])
+@pytest.mark.parametrize("error", [SystemicError("denied"), ValueError("bug"), MemoryError("host")])
 def test_other_errors_end_the_lease_and_leave_no_receipt(error: Exception) -> None:
     store, plan, ledger = setup()
     runner = Echo(plan, ledger, bad={"i4": error})
@@ -188,6 +188,71 @@ def test_other_errors_end_the_lease_and_leave_no_receipt(error: Exception) -> No
     again = lease(Echo(plan, ledger), range(4))
     assert [r.number for r in again] == [0, 1, 2, 3]
     assert again[2].attempt == 2
+
+
+def test_transient_trouble_leaves_its_unit_and_goes_on() -> None:
+    _, plan, ledger = setup()
+    results = lease(Echo(plan, ledger, bad={"i3": TransientError("throttled")}), range(4))
+    assert [r.number for r in results] == [0, 1, 2, 3]
+    assert isinstance(results[1], UnitLeft) and str(results[1].error) == "throttled"
+    assert ledger.done() == set(plan.unit_ids) - {plan.unit_ids[1]}
+    assert lease(Echo(plan, ledger), [1])[0].attempt == 2
+
+
+def test_a_commit_that_meets_transient_trouble_leaves_its_unit() -> None:
+    class Flaky(DictStore):
+        def put_if_absent(self, key: str, data: bytes) -> bool:
+            if "/receipts/" in key and not self.failed:
+                self.failed = True
+                raise TransientError("503")
+            return super().put_if_absent(key, data)
+
+    store = Flaky()
+    store.failed = False
+    plan = make_plan(store, [make_item(f"i{n}") for n in range(4)], max_items=2)
+    results = lease(Echo(plan, Ledger(store)), range(2))
+    assert [type(r) for r in results] == [UnitLeft, Receipt]
+
+
+@pytest.mark.parametrize("error", [SystemicError("denied"), TransientError("throttled")])
+def test_only_starts_whose_process_died_count_towards_isolation(error: Exception) -> None:
+    _, plan, ledger = setup()
+    for _ in range(4):
+        with contextlib.suppress(SystemicError):
+            lease(Echo(plan, ledger, bad={"i0": error}), [0])
+    runner = Echo(plan, ledger)
+    runner.isolate = lambda *args: pytest.fail("isolated")
+    assert lease(runner, [0])[0].attempt == 5
+
+
+def test_the_third_start_after_two_deaths_is_isolated_and_reads_nothing_ahead() -> None:
+    _, plan, ledger = setup()
+    for _ in range(2):
+        ledger.begin(plan.unit_ids[1])
+    runner, calls = Echo(plan, ledger, threads=8), []
+
+    def isolate(number: int, attempt: int, beat: Callable[[], None]) -> Receipt:
+        beat()
+        calls.append((number, attempt, runner.loaded))
+        return ledger.commit(Receipt(plan.unit_ids[number], number, "f" * 16, items=2, attempt=attempt, isolated=True))
+
+    runner.isolate = isolate
+    receipts = lease(runner, range(4))
+    assert calls == [(1, 3, 2)]  # the items of unit 0 were loaded here, none of 1, 2, 3
+    assert [r.isolated for r in receipts] == [False, True, False, False]
+
+
+def test_a_stop_request_ends_the_lease_between_units() -> None:
+    store, plan, ledger = setup()
+    runner = Echo(plan, ledger, threads=1)
+    stream = runner.lease(range(4))
+    first = next(stream)
+    store.put("_dinoray/stop.json", b'{"mode": "drain"}')
+    rest = list(stream)
+    runner.close()
+    begun = set(ledger.attempts())
+    assert {r.unit for r in [first, *rest]} == begun == ledger.done()  # what was begun was finished
+    assert len(begun) < 4
 
 
 def test_an_error_of_the_writer_surfaces() -> None:
@@ -322,10 +387,40 @@ def test_run_units_builds_the_runner_only_when_there_is_work() -> None:
         return built[-1]
 
     seen: list[int] = []
-    run_units(make, [], lambda r: seen.append(r.number))
+    run_units(make, lambda: [], lambda r: seen.append(r.number), rounds=1, where="x")
     assert built == []
-    run_units(make, plan.pending([]), lambda r: seen.append(r.number))
+    run_units(make, lambda: plan.pending(ledger.done()), lambda r: seen.append(r.number), rounds=1, where="x")
     assert seen == [0, 1, 2, 3]
+    assert len(built) == 1
+
+
+def test_units_that_were_left_come_again_in_the_next_round() -> None:
+    _, plan, ledger = setup()
+    runner = Echo(plan, ledger, bad={"i0": TransientError("503"), "i5": TransientError("503")})
+    seen: list[int] = []
+
+    def on_receipt(receipt: Receipt) -> None:
+        seen.append(receipt.number)
+        runner.bad.clear()
+
+    run_units(lambda: runner, lambda: plan.pending(ledger.done()), on_receipt, rounds=1, where="x", pause_s=0)
+    assert sorted(seen) == [0, 1, 2, 3]
+
+
+def test_rounds_without_progress_end_the_run_with_the_last_trouble() -> None:
+    _, plan, ledger = setup()
+    runner = Echo(plan, ledger, bad={f"i{n}": TransientError(f"503 at i{n}") for n in range(7)})
+    with pytest.raises(NoProgress, match="4 units are left after 2 rounds.*503"):
+        run_units(lambda: runner, lambda: plan.pending(ledger.done()), print, rounds=2, where="x", pause_s=0)
+    assert set(ledger.attempts().values()) == {2}
+
+
+def test_a_round_in_which_every_unit_is_left_ends_early() -> None:
+    _, plan, ledger = setup(items=40, max_items=1)
+    runner = Echo(plan, ledger, threads=1, bad={f"i{n}": TransientError("down") for n in range(40)})
+    with pytest.raises(NoProgress):
+        run_units(lambda: runner, lambda: plan.pending(ledger.done()), print, rounds=1, where="x", pause_s=0)
+    assert len(ledger.attempts()) < 15
 
 
 def test_run_units_closes_the_runner_whatever_happens() -> None:
@@ -341,7 +436,7 @@ def test_run_units_closes_the_runner_whatever_happens() -> None:
         raise RuntimeError("too many failures")
 
     with pytest.raises(RuntimeError, match="too many"):
-        run_units(lambda: Closing(plan, ledger), [0, 1], stop)
+        run_units(lambda: Closing(plan, ledger), lambda: [0, 1], stop, rounds=1, where="x")
     assert closed == [True]
 
 
