@@ -64,6 +64,7 @@ class Driver:
         """What to do when asked to stop at once (`dinoray stop` without --drain); set by the command line."""
         self._lost = ""
         self._drain = False
+        self._looking = threading.Lock()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="driver")
 
@@ -94,6 +95,7 @@ class Driver:
     def check(self) -> None:
         """Raise when this run must end: as `check_lost`, and Stopped after `dinoray stop --drain`."""
         self.check_lost()
+        self._look_for_stop()  # the runners may have seen it before our own thread did
         if self._drain:
             raise Stopped("stopped as asked, after the units that were in work", where=self.store.url,
                           todo="run the same command again: it resumes")
@@ -167,15 +169,14 @@ class Driver:
                 logger.warning("the driver's heartbeat failed: %s", error)
 
     def _look_for_stop(self) -> None:
-        if self._drain or not self.store.exists(STOP_KEY):
-            return
-        if stop_mode(self.store) == "drain":
+        with self._looking:
+            mode = None if self._drain else stop_mode(self.store)
+            if mode is None:
+                return
+            if mode != "drain" and self.leave is not None:
+                self.leave("`dinoray stop`")
+            self._drain = True
             self.say("asked to stop: units in work are finished, no new ones are begun")
-            self._drain = True
-        elif self.leave is not None:
-            self.leave("`dinoray stop`")
-        else:
-            self._drain = True
 
 
 def give_up(timeout_s: float = 1.0) -> None:

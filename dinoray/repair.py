@@ -72,7 +72,7 @@ def extend(out: str, sources: Iterable[str], *, say: Callable[[str], None] = pri
         parts = generations(store)
         known = _Known(parts)
         listing = list_items(list(more), pattern=job.pattern, where=dict(job.where), root=parts[0].plan.facts["root"])
-        groups = set(known_scaling(store)["group"].to_pylist()) if job.scaling == "plate" else set()
+        groups = _scaled_groups(session)
         fresh = known.fresh(listing.items)
         first = next(fresh, None)
         if first is None and not known.changed:
@@ -138,13 +138,14 @@ def _plan_retry(session: Session, parts: list[Generation], rows: list[dict[str, 
                     seen.add(key)
                     yield item
 
+    groups = _scaled_groups(session)
     items = listed()
     first = next(items, None)
     if first is None:
         session.say(f"none of the {len(rows)} quarantined items is listed by the sources any more")
         return
     with spool_items(chain([first], items), sample=job.scaling_sample if job.scaling == "plate" else 0,
-                     sample_if=lambda item: "no_scaling" in old[item.item_id]) as spool:
+                     sample_if=lambda item: item.group not in groups or "no_scaling" in old[item.item_id]) as spool:
         spool.metadata_columns = tuple(parts[0].plan.facts["metadata_columns"])
         missing = len(rows) - spool.num_items
         session.say(f"{spool.num_items} of {len(rows)} quarantined items are tried again"
@@ -152,6 +153,11 @@ def _plan_retry(session: Session, parts: list[Generation], rows: list[dict[str, 
         number = 1 + sum(part.kind == "retry" for part in parts)
         session.seal(spool, prefix=next_prefix(parts, "retry"), root=root, suffix=f".r{number}",
                      replaces=lambda ids: dict(Counter(old[item_id].pop() for item_id in ids if old[item_id])))
+
+
+def _scaled_groups(session: Session) -> set[str]:
+    """The groups whose intensity scaling is known."""
+    return set(known_scaling(session.store)["group"].to_pylist()) if session.job.scaling == "plate" else set()
 
 
 class _Known:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dinoray.config import canonical_json
+from dinoray.generations import generations
 from dinoray.io.stores import Store
 from dinoray.ledger import Ledger, Receipt, Tally
 from dinoray.planning import Spool, write_plan
@@ -52,7 +53,7 @@ def seal_generation(store: Store, resolved: Resolved, spool: Spool, pool: Pool, 
 
 
 def _scaling(store: Store, resolved: Resolved, spool: Spool, pool: Pool, progress: Progress, check: Any, prefix: str) -> pa.Table:
-    """Rows of SCALING_SCHEMA: those of the first plan, and for the sampled items what those lack."""
+    """Rows of SCALING_SCHEMA: those of earlier generations, and for the sampled items what those lack."""
     known = [] if prefix == "_dinoray" else [known_scaling(store)]
     if any(spool.samples.values()):
         found = _statistics(store, resolved, spool, pool, progress, check, f"{prefix}/stats")
@@ -63,8 +64,12 @@ def _scaling(store: Store, resolved: Resolved, spool: Spool, pool: Pool, progres
 
 
 def known_scaling(store: Store) -> pa.Table:
-    """The scaling that the first plan was sealed with (rows of SCALING_SCHEMA)."""
-    return pq.read_table(io.BytesIO(store.get("_dinoray/plan/scaling.parquet")))
+    """The scaling of all generations so far (rows of SCALING_SCHEMA); who set a row first has set it for good."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for part in generations(store):
+        for row in pq.read_table(io.BytesIO(store.get(f"{part.prefix}/plan/scaling.parquet"))).to_pylist():
+            rows.setdefault((row["group"], row["channel"]), row)
+    return pa.Table.from_pylist(list(rows.values()), schema=statistics.SCALING_SCHEMA)
 
 
 def _statistics(store: Store, resolved: Resolved, spool: Spool, pool: Pool, progress: Progress, check: Any,
