@@ -57,7 +57,10 @@ class Store:
         raise NotImplementedError(type(self).__name__)
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        """Create the object; False (and nothing changed) when it exists already."""
+        """Create the object; False (and nothing changed) when it exists already.
+
+        Where the answer to a try was lost and the object is there at the next one with these very bytes, it is ours: True.
+        """
         raise NotImplementedError(type(self).__name__)
 
     def exists(self, key: str) -> bool:
