@@ -16,6 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from dinoray.errors import BadRequest
 
+_SECRET_NAME = (r"[\w.-]*(?:sig(?:nature)?|token|secret|passw\w*|pwd|credential|auth(?:orization)?|api[-_]?key|"
+                r"access[-_]?key(?:id)?|key-pair-id|jwt)")
+_SECRET_QUERY = re.compile(rf"([?&;](?:{_SECRET_NAME})=)([^&;#\s'\"<>]+)", re.IGNORECASE)
+_PASSWORD = re.compile(r"([\w+.-]+://[^/\s@]*:)([^/\s]*)@")
+
 EXECUTION_FIELDS = frozenset({
     "sources", "out", "weights", "workers", "no_ray", "decode_threads", "compute_threads", "staging", "strict",
     "max_failed_fraction", "accept_dinov3_license", "rounds", "stall_timeout_s", "prefetch_bytes", "takeover",
@@ -159,14 +164,34 @@ class ExtractImagesJob(BaseModel):
             raise ValueError("layers: distinct 0-based numbers")
         channel_groups(self.channels)
         urls = (*self.sources, self.out, self.staging or "", self.weights or "")
-        if any(re.match(r"[\w+.-]+://[^/]*:[^/]*@", url) for url in urls):
+        for url in urls:
             # it would stand in job.json, in rows and on the screen; the message does not repeat it
-            raise ValueError("a URL holds a password: give credentials through the environment instead")
+            secret = secret_in_url(url)
+            if secret:
+                raise ValueError(f"a URL holds {secret}: give credentials through the environment instead")
         return self
 
     def result_settings(self) -> dict[str, Any]:
         """The settings that change results, as plain JSON values."""
         return {k: v for k, v in self.model_dump(mode="json").items() if k not in EXECUTION_FIELDS}
+
+
+def secret_in_url(url: str) -> str | None:
+    """What kind of secret a URL holds ("a password", "a secret (X-Amz-Signature)"), None when it holds none.
+
+    A presigned URL is a password: whoever reads it in a record or a row can use it.
+    """
+    if "://" not in url:
+        return None  # `?` in a local path is a glob
+    if _PASSWORD.match(url):
+        return "a password"
+    found = _SECRET_QUERY.search(url)
+    return f"a secret ({found[1][1:-1]})" if found else None
+
+
+def without_secrets(text: str) -> str:
+    """A message with the passwords and signatures of the URLs in it replaced by `...`."""
+    return _SECRET_QUERY.sub(r"\1...", _PASSWORD.sub(r"\1...@", text))
 
 
 def channel_groups(policy: str) -> dict[str, tuple[str, str, str]] | None:

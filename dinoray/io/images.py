@@ -13,12 +13,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dinoray.errors import DinorayError, ItemError, TransientError
+from dinoray.errors import DinorayError, ItemError
 from dinoray.io import raster, tiff
 from dinoray.io.decoded import DecodedImage, Limits, check_limits
 from dinoray.io.items import FileRef, Item
-from dinoray.io.storage_errors import storage_errors
-from dinoray.io.stores import filesystem, is_local, local_path, read_bytes
+from dinoray.io.retries import retried
+from dinoray.io.storage_errors import TruncatedBody, storage_errors
+from dinoray.io.stores import is_local, local_path, read_versioned
+from dinoray.io.walk import LocalTree, RemoteTree
 
 __all__ = ["DecodedImage", "Limits", "LoadedItem", "decode_image", "load_item", "sniff"]
 
@@ -169,21 +171,31 @@ def _read(file: FileRef, limits: Limits) -> bytes:
         raise ItemError("too_large", f"a file of {file.size:,} bytes; the limit is {limits.max_file_bytes:,}",
                         where=file.uri)
     with storage_errors(file.uri):
-        data = read_bytes(file.uri)
-        if is_local(file.uri):
-            seen = os.stat(local_path(file.uri))  # after reading: a change while we read is seen too
-            changed = (seen.st_size, str(seen.st_mtime_ns)) != (file.size, file.version)
-        else:
-            # a size of -1 is one that the store did not tell
-            changed = file.size >= 0 and len(data) != file.size and _remote_size(file.uri) != file.size
-    if changed:
-        raise ItemError("changed", f"the file is not the one that was listed ({len(data):,} bytes now, "
+        return retried(lambda: _read_once(file), file.uri)
+
+
+def _read_once(file: FileRef) -> bytes:
+    """One try of `_read`. Raises ItemError `changed`, TruncatedBody, and what storage raises."""
+    data, version = _fetch(file.uri)
+    if version == file.version and file.size in (-1, len(data)):  # a size of -1 is one that the store did not tell
+        return data
+    now = LocalTree().ref(str(local_path(file.uri))) if is_local(file.uri) else RemoteTree(file.uri).named()
+    if now.version == "missing":
+        raise FileNotFoundError(file.uri)
+    if now.version != file.version or min(now.size, file.size) >= 0 and now.size != file.size:
+        raise ItemError("changed", f"the file is not the one that was listed ({now.size:,} bytes now, "
                         f"{file.size:,} then)", where=file.uri, todo="extend or plan again with the new file")
     if 0 <= file.size != len(data):
-        raise TransientError(f"only {len(data):,} of {file.size:,} bytes arrived", where=file.uri)
+        raise TruncatedBody(f"only {len(data):,} of {file.size:,} bytes arrived")
+    if version not in (None, file.version) and not file.uri.startswith("http"):  # web servers differ between GET and HEAD
+        raise TruncatedBody("the file was replaced while it was read, and put back")
     return data
 
 
-def _remote_size(uri: str) -> int:
-    fs, path = filesystem(uri)
-    return fs.info(path)["size"]
+def _fetch(uri: str) -> tuple[bytes, str | None]:
+    """The bytes, and the version that they are of: mtime in ns, ETag, None where the store does not say."""
+    if is_local(uri):
+        data = local_path(uri).read_bytes()
+        return data, str(os.stat(local_path(uri)).st_mtime_ns)  # after reading: a change while we read is seen too
+    return read_versioned(uri)
+

@@ -21,11 +21,13 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
+from dinoray.config import secret_in_url, without_secrets
 from dinoray.errors import BadRequest
 from dinoray.io.grouping import make_item, relative_to
 from dinoray.io.items import FileRef, Item
+from dinoray.io.retries import RetriedFile
 from dinoray.io.storage_errors import listing_errors
-from dinoray.io.stores import filesystem, is_local, local_path
+from dinoray.io.stores import filesystem, is_local, local_path, on_inputs
 from dinoray.io.walk import LocalTree, RemoteTree
 
 _FILE_COLUMNS = ("uri", "path", "image", "file")
@@ -109,6 +111,10 @@ class _Stat:
     def _stat(self, uri: str) -> FileRef:
         if "\0" in uri:
             return FileRef(uri, -1, "missing")
+        secret = secret_in_url(uri)
+        if secret:  # it would stand in every row
+            raise BadRequest(f"a URL in the manifest holds {secret}", where=without_secrets(uri),
+                             todo="name the files without it, and give credentials through the environment")
         with listing_errors(uri):
             if is_local(uri):
                 return LocalTree().ref(str(local_path(uri)))
@@ -159,8 +165,8 @@ def _strings(column: pa.Array, name: str, uri: str) -> list[str | None]:
 @contextmanager
 def _open(uri: str) -> Iterator[Any]:
     with listing_errors(uri):
-        fs, path = filesystem(uri)
-        with fs.open(path, "rb") as file:
+        path = filesystem(uri)[1]
+        with RetriedFile(on_inputs(uri, lambda fs: fs.open(path, "rb")), uri) as file:
             try:
                 yield file
             except pa.ArrowException as error:  # damaged, not UTF-8, rows of differing length

@@ -21,7 +21,7 @@ from dinoray.io.grouping import make_items
 from dinoray.io.items import Item
 from dinoray.io.manifests import is_manifest, manifest_items
 from dinoray.io.storage_errors import listing_errors
-from dinoray.io.stores import is_local, local_path
+from dinoray.io.stores import is_local, local_path, on_inputs
 from dinoray.io.walk import Entry, LocalTree, Matcher, RemoteTree, has_magic, walk
 
 
@@ -144,7 +144,7 @@ def _add_source(source: str, requests: dict[str, _Request], manifests: list[str]
         path, key = tree.path.rstrip("/"), source.split("://", 1)[0]
         magic = has_magic(path) and not key.startswith("http")
         with listing_errors(source):
-            kind = "" if magic else tree.fs.info(path)["type"]
+            kind = "" if magic else on_inputs(source, lambda fs: fs.info(path)["type"])
         is_folder, is_file = kind == "directory", kind == "file"
     request = requests.get(key) or _Request(tree)
     if is_file and is_manifest(path):

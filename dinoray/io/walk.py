@@ -17,7 +17,8 @@ from dataclasses import dataclass, field, replace
 from fsspec.utils import glob_translate
 
 from dinoray.io.items import FileRef
-from dinoray.io.stores import filesystem
+from dinoray.io.storage_errors import classify
+from dinoray.io.stores import filesystem, on_inputs
 
 IMAGE_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 _ARRAYS = (".zarr", ".n5")
@@ -158,7 +159,7 @@ class RemoteTree:
     def list(self, folder: str) -> list[Entry]:
         """Entries of a folder sorted by name."""
         found = []
-        for info in self.fs.ls(folder, detail=True):
+        for info in on_inputs(self.url(folder), lambda fs: fs.ls(folder, detail=True)):
             path = info["name"].rstrip("/")
             if path == folder.rstrip("/") or info["name"].endswith("/") and info["type"] != "directory":
                 continue  # the marker object of a "folder"
@@ -170,10 +171,16 @@ class RemoteTree:
     def ref(self, path: str) -> FileRef:
         """The FileRef of a path; size -1 when there is no such object."""
         try:
-            info = self.fs.info(path)
-        except FileNotFoundError:
+            info = on_inputs(self.url(path), lambda fs: fs.info(path))
+        except FileNotFoundError as error:
+            if classify(error) != "missing":  # fsspec's word for whatever a web server says; also: no such bucket
+                raise
             return FileRef(self.fs.unstrip_protocol(path), -1, "missing")
         return self.to_ref(path, info)
+
+    def named(self) -> FileRef:
+        """The FileRef of the URL that this tree was made of."""
+        return self.ref(self.path)
 
     def to_ref(self, path: str, info: dict) -> FileRef:
         """A FileRef from what fsspec says about an object."""

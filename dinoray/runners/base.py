@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Protocol
@@ -23,6 +24,7 @@ from dinoray.driver import stop_mode
 from dinoray.errors import DinorayError, ItemError, TransientError
 from dinoray.failpoints import reach
 from dinoray.io.items import Item
+from dinoray.io.retries import RetryCount, counting
 from dinoray.ledger import Ledger, Receipt, StoredObject
 from dinoray.memory.meter import rss_peak
 from dinoray.units import Plan, Unit
@@ -96,6 +98,8 @@ class UnitRunner:
         self.beats = 0
         self.isolate: Callable[[int, int, Callable[[], None]], Receipt] | None = None
         """Run unit `number`, start `attempt`, in a child process; set by `build_runner`."""
+        self._retries: dict[str, RetryCount] = {}
+        """Storage requests repeated for each unit in work."""
         self._open: dict[str, int] = {}
         """Units begun and not settled: {id: attempt}."""
         self._pool = ThreadPoolExecutor(decode_threads, thread_name_prefix="decode")
@@ -117,7 +121,7 @@ class UnitRunner:
 
     def put_later(self, key: str, data: bytes | memoryview) -> Future[StoredObject]:
         """Store an object of the unit in the background."""
-        return self._putter.submit(self.ledger.put_object, key, data)
+        return self._putter.submit(copy_context().run, self.ledger.put_object, key, data)  # retries count for the unit
 
     def lease(self, numbers: Sequence[int]) -> Iterator[Receipt | UnitLeft]:
         """Do these units in order; yields the receipt of each, also of those that were done already.
@@ -128,6 +132,7 @@ class UnitRunner:
             for result in self._lease(numbers):
                 if isinstance(result, Receipt):
                     self._open.pop(result.unit, None)
+                    self._retries.pop(result.unit, None)
                 yield result
         except BaseException as error:
             self._end_open(type(error).__name__)
@@ -205,11 +210,15 @@ class UnitRunner:
         self.beats += 1
         reach("item.load", item.item_id)
         try:
-            return Loaded(unit, item, value=self.load(item))
+            with counting(self._retries_of(unit.id)):
+                return Loaded(unit, item, value=self.load(item))
         except ItemError as error:
             return Loaded(unit, item, error=error)
         except TransientError as error:
             return Loaded(unit, item, trouble=error)
+
+    def _retries_of(self, unit_id: str) -> RetryCount:
+        return self._retries.setdefault(unit_id, RetryCount())
 
     def _new_receipt(self, unit: Unit, attempt: int) -> Receipt:
         return Receipt(unit=unit.id, number=unit.number, fingerprint=self.plan.facts["fingerprint"], plate=unit.plate,
@@ -221,7 +230,8 @@ class UnitRunner:
             if start.isolated and self.isolate is not None:
                 return _finished(self.isolate(start.unit.number, start.attempt, self._beat))
             receipt = self._new_receipt(start.unit, start.attempt)
-            finish = self.process(start.unit, _untroubled(entries), receipt)
+            with counting(self._retries_of(start.unit.id)):
+                finish = self.process(start.unit, _untroubled(entries), receipt)
         except TransientError as error:
             return _finished(UnitLeft(start.unit.number, error))
         return self._writer.submit(self._commit, finish, receipt, began)
@@ -231,8 +241,11 @@ class UnitRunner:
 
     def _commit(self, finish: Finish, receipt: Receipt, began: float) -> Receipt | UnitLeft:
         reach(f"{self.point}.data")
+        retries = self._retries_of(receipt.unit)
         try:
-            finish()
+            with counting(retries):
+                finish()
+            receipt.retries = {kind: n for kind, n in retries.as_dict().items() if n}
             receipt.seconds["wall"] = time.monotonic() - began
             receipt.seconds = {stage: round(value, 4) for stage, value in receipt.seconds.items()}
             receipt.memory.setdefault("rss_peak", rss_peak())

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dinoray.errors import BadRequest, DinorayError, NoProgress, OutputDamaged, SystemicError, TransientError
+from dinoray.io import retries
 from dinoray.io.stores import LocalStore
 from dinoray.ledger import Ledger
 from dinoray.verification import open_run, verify_deep, verify_fast
@@ -333,15 +334,16 @@ def test_storage_trouble_while_reading_quarantines_nothing(images: Path, clean: 
 
     out = tmp_path / "out"
     interrupted(images, out)
-    real = module.read_bytes
+    real = module._fetch
 
-    def read_bytes(uri: str) -> bytes:
+    def fetch(uri: str) -> tuple[bytes, str | None]:
         if uri.endswith("4.tif"):
             raise error
         return real(uri)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "read_bytes", read_bytes)
+        patch.setattr(module, "_fetch", fetch)
+        patch.setattr(retries, "sleep", lambda seconds: None)
         with pytest.raises(kind):
             run(images, out, rounds=1, **JOB)
     assert "4.tif" not in Ledger(LocalStore(out)).quarantine(list(Ledger(LocalStore(out)).receipts(

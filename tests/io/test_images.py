@@ -24,6 +24,7 @@ from dinoray.errors import ItemError, SystemicError, TransientError
 from dinoray.io import images, stores
 from dinoray.io.images import DecodedImage, Limits, decode_image, load_item
 from dinoray.io.items import FileRef, Item
+from dinoray.io.walk import RemoteTree
 from tests.realdata import data_folder
 
 RNG = np.random.default_rng(0)
@@ -747,7 +748,7 @@ def test_problem_of_the_listing_and_channel_count(tmp_path):
 
 def test_file_limit_holds_before_reading(tmp_path, monkeypatch):
     file = write(tmp_path / "a.tif", WHOLE["tiff"])
-    monkeypatch.setattr(images, "read_bytes", lambda uri: pytest.fail("was read"))
+    monkeypatch.setattr(images, "_fetch", lambda uri: pytest.fail("was read"))
     assert error_of(Item("a", (file,)), limits=Limits(max_file_bytes=10)).reason == "too_large"
 
 
@@ -773,7 +774,7 @@ def test_classes_of_storage_errors(monkeypatch, tmp_path, raised, kind):
     def fail(uri):
         raise raised
 
-    monkeypatch.setattr(images, "read_bytes", fail)
+    monkeypatch.setattr(images, "_fetch", fail)
     error = error_of(Item("a", (write(tmp_path / "a", b"x"),)), kind)
     assert error.__cause__ is raised
 
@@ -794,7 +795,7 @@ def test_http_status_tells_denied_from_passing(monkeypatch, tmp_path, status):
         raise error
 
     for fail in (s3, http):
-        monkeypatch.setattr(images, "read_bytes", fail)
+        monkeypatch.setattr(images, "_fetch", fail)
         assert "credentials" in error_of(item, SystemicError).todo
 
 
@@ -802,7 +803,7 @@ def test_errors_that_are_ours_are_not_disguised(monkeypatch, tmp_path):
     def fail(uri):
         raise KeyError("a bug")
 
-    monkeypatch.setattr(images, "read_bytes", fail)
+    monkeypatch.setattr(images, "_fetch", fail)
     error_of(Item("a", (write(tmp_path / "a", b"x"),)), KeyError)
 
 
@@ -832,15 +833,18 @@ def test_remote_short_body_is_transient_and_a_new_object_is_changed():
     fs.pipe_file(path, WHOLE["tiff"])
     size = len(WHOLE["tiff"])
     uri = "memory://bucket/a.tif"
-    assert load_item(Item("a", (FileRef(uri, size, "v"),))).image.pixels.shape == (1, 37, 53)
-    assert error_of(Item("a", (FileRef(uri, size + 1, "v"),))).reason == "changed"
+    file = RemoteTree(uri).named()
+    assert load_item(Item("a", (file,))).image.pixels.shape == (1, 37, 53)
+    assert error_of(Item("a", (FileRef(uri, size + 1, file.version),))).reason == "changed"
+    fs.pipe_file(path, WHOLE["tiff"])  # the same size, but not the object that was listed
+    assert error_of(Item("a", (file,))).reason == "changed"
 
 
 def test_short_body(monkeypatch):
     fs, path = stores.filesystem("memory://bucket/a.tif")
     fs.pipe_file(path, WHOLE["tiff"])
-    monkeypatch.setattr(images, "read_bytes", lambda uri: WHOLE["tiff"][:100])
-    error_of(Item("a", (FileRef("memory://bucket/a.tif", len(WHOLE["tiff"]), "v"),)), TransientError)
+    monkeypatch.setattr(images, "_fetch", lambda uri: (WHOLE["tiff"][:100], None))
+    error_of(Item("a", (RemoteTree("memory://bucket/a.tif").named(),)), TransientError)
 
 
 # ---- real data
