@@ -9,7 +9,7 @@ STEP_BYTES = 32 * 2**20
 
 
 def pool(values: np.ndarray, starts: np.ndarray, how: str) -> np.ndarray:
-    """Pool runs of rows: values [n, D] (float16, float32 or float64), run i = rows starts[i]..starts[i+1]-1 -> [runs, D] float64.
+    """Pool runs of rows: values [n, D] (float16 or float32), run i = rows starts[i]..starts[i+1]-1 -> [runs, D] float64.
 
     `how` is `mean` or `median`. `starts` is strictly increasing from 0. NaN counts as absent, as in pandas; NaN comes
     out where a run has nothing else.
