@@ -102,6 +102,11 @@ class TableWriter:
             with _writing():
                 self._writer.write_table(table, row_group_size=max(1, table.num_rows))
 
+    def abandon(self) -> None:
+        """End the writer of a file that will not be kept; what went wrong is on its way to the caller already."""
+        with contextlib.suppress(OSError, ValueError, pa.ArrowException):
+            self._writer.close()
+
     def close(self) -> None:
         """Write what is left."""
         self._flush()
@@ -123,8 +128,12 @@ def open_target(target: str, fmt: str, schema: pa.Schema) -> Iterator[TableWrite
         with raw:
             sink: Any = gzip.GzipFile(filename="", fileobj=raw, mode="wb", compresslevel=6, mtime=0) if fmt == "csv.gz" else raw
             writer = TableWriter(sink, fmt, schema)
-            yield writer
-            writer.close()
+            try:
+                yield writer
+                writer.close()
+            except BaseException:
+                writer.abandon()
+                raise
             with _writing(target):
                 if sink is not raw:
                     sink.close()

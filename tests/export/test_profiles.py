@@ -61,7 +61,7 @@ def tables(draw: st.DrawFn) -> tuple[list[dict], bool]:
     return rows, objects
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(table=tables(), level=st.sampled_from(["site", "well", "image", "object"]), how=st.sampled_from(["mean", "median"]),
        dtype=st.sampled_from(["float32", "float16"]), block=st.sampled_from([1, 100, 10**8]), row_group=st.sampled_from([1, 10**9]))
 def test_profiles_equal_the_naive_ones(tmp_path_factory: pytest.TempPathFactory, table: tuple[list[dict], bool], level: str,
