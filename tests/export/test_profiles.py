@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from dinoray.errors import BadRequest, OutputDamaged
 from dinoray.export import profiles
+from dinoray.export.pooling import pool
 from dinoray.export.profiles import export_profiles
 from dinoray.io.grouping import natural
 from dinoray.io.stores import LocalStore, open_store
@@ -257,3 +258,20 @@ def test_metadata_that_bears_a_name_of_the_export(tmp_path: Path) -> None:
     done = export_profiles(str(tmp_path))
     assert "left out, the export has columns of these names: Metadata_Count_Rows" in done.notes
     assert set(pq.read_table(done.target)["Metadata_Count_Rows"].to_pylist()) == {4}
+
+
+@pytest.mark.parametrize("how", ["mean", "median"])
+def test_no_more_rows_are_held_than_a_block_or_one_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    held = []
+
+    def counting(values: np.ndarray, starts: np.ndarray, rule: str) -> np.ndarray:
+        held.append(len(values))
+        return pool(values, starts, rule)
+
+    write_output(LocalStore(tmp_path), plate_rows(tiles=4), max_items=100)  # one file a plate: 48 rows, a well has 16
+    monkeypatch.setattr(profiles, "pool", counting)
+    for rows, expected in ((1, [16] * 6), (20, [16] * 6), (40, [32, 16] * 2), (1000, [48, 48])):
+        held.clear()
+        monkeypatch.setattr(profiles, "BLOCK_BYTES", rows * 4 * (5 + 2 * 3))
+        export_profiles(str(tmp_path), how=how)
+        assert held == expected

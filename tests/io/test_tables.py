@@ -199,7 +199,8 @@ def test_one_plate_and_batches(tmp_path: Path, url: str) -> None:
     batches = list(found.batches(["tile", "cls"], batch_size=2))
     assert sum(batch.num_rows for batch in batches) == 10
     assert max(batch.num_rows for batch in batches) == 2
-    assert [b["tile"].to_pylist() for b in found.batches(["tile"], plate="P 1", filter=ds.field("tile") > 2, batch_size=9)] == [[3, 4]]
+    some = list(found.batches(["tile"], plate="P 1", filter=ds.field("tile") > 2, batch_size=9))
+    assert [batch["tile"].to_pylist() for batch in some] == [[3, 4]]
     table = found.table(["tile"], plate="P 1", filter=ds.field("tile") > 3)
     assert table["tile"].to_pylist() == [4]
 
