@@ -132,13 +132,17 @@ def _channels(source: Source, level: str) -> list[str]:
     channels: set[str] = set()
     nulls: Counter[str] = Counter()
     required = grouping.required_keys(level)
-    for table in source.scan(["channel", *required]):
+    example = ""
+    for table in source.scan(["channel", *(["item_id"] if required else []), *required]):
         channels |= set(pc.unique(table["channel"]).to_pylist())
         for name in required:
-            nulls[name] += table[name].null_count if name in table.column_names else table.num_rows
+            absent = table[name].is_null() if name in table.column_names else pa.chunked_array([np.ones(table.num_rows, bool)])
+            nulls[name] += pc.sum(absent).as_py() or 0
+            if nulls[name] and not example:
+                example = table["item_id"].filter(absent)[0].as_py()
     if missing := [name for name in required if nulls[name]]:
-        raise BadRequest("some rows have no " + ", no ".join(f"{name} ({nulls[name]} rows)" for name in missing),
-                         where=source.store.url, todo=grouping.todo_keys(level, missing))
+        raise BadRequest("some rows have no " + ", no ".join(f"{name} ({nulls[name]} rows)" for name in missing)
+                         + f", the first: {example}", where=source.store.url, todo=grouping.todo_keys(level, missing))
     return sorted(channels, key=natural)
 
 

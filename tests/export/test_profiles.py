@@ -226,7 +226,7 @@ def test_levels_that_the_metadata_does_not_carry(tmp_path: Path) -> None:
     for row in rows[:2]:
         row["Metadata_Well"] = None
     write_output(LocalStore(tmp_path / "some"), rows)
-    with pytest.raises(BadRequest, match=r"no Metadata_Well \(2 rows\)"):
+    with pytest.raises(BadRequest, match=r"no Metadata_Well \(2 rows\), the first: P10/A01_s1.tif"):
         export_profiles(f"{tmp_path}/some", level="site")
     assert export_profiles(f"{tmp_path}/some", level="image").rows == 12
 
