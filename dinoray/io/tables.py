@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
@@ -90,7 +92,8 @@ def write_table(columns: Mapping[str, Any], schema: pa.Schema) -> memoryview:
 
 
 class Features:
-    """An output folder read back: `open_features(OUT)`."""
+    """An output folder read back: `open_features(OUT)`. Files of later generations (`part-<unit>.r1.parquet`, written by
+    `retry` and `extend`) belong to it; a `Metadata_*` column that only some of them have is null elsewhere."""
 
     def __init__(self, url: str):
         self.url = url
@@ -100,20 +103,49 @@ class Features:
             remote, path = filesystem(url)
             folder, fs = f"{path.rstrip('/')}/features", pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(remote))
         try:
-            self.dataset = ds.dataset(folder, format="parquet", filesystem=fs)
-            self.facts: dict[str, Any] = json.loads(self.dataset.schema.metadata[b"dinoray"])
+            dataset = ds.dataset(folder, format="parquet", filesystem=fs)
+            self.facts: dict[str, Any] = json.loads(dataset.schema.metadata[b"dinoray"])
         except (FileNotFoundError, KeyError, TypeError) as error:
             raise BadRequest("there are no features here", where=f"{url}/features",
                              todo="give the --out of a finished `dinoray extract`") from error
+        fragments = list(dataset.get_fragments())
+        first = {_generation(f.path): f for f in reversed(fragments)}  # all files of a generation have one schema
+        schema = pa.unify_schemas([first[name].physical_schema for name in sorted(first)])
+        self.dataset = ds.FileSystemDataset(fragments, schema.with_metadata(dataset.schema.metadata), dataset.format, fs)
 
     @property
     def vectors(self) -> list[str]:
         """Names of the vector columns."""
         return [f.name for f in self.dataset.schema if pa.types.is_fixed_size_list(f.type)]
 
-    def table(self, columns: Sequence[str] | None = None, **kwargs: Any) -> pa.Table:
-        """The rows (all files) as one Arrow table; `columns` to read fewer, `filter=` as in pyarrow.dataset."""
-        return self.dataset.to_table(columns=None if columns is None else list(columns), **kwargs)
+    def _where(self, plate: str | None, given: ds.Expression | None) -> tuple[ds.Dataset, ds.Expression | None]:
+        """The files of a plate, and the filter that leaves its rows."""
+        if plate is None:
+            return self.dataset, given
+        if "Metadata_Plate" not in self.dataset.schema.names:
+            raise BadRequest("the images of this output have no plate", where=self.url, todo="read without plate=")
+        wanted = ds.field("Metadata_Plate") == plate
+        # folders are percent-encoded plates; a very long name was cut, then the filter alone must find its rows
+        fragments = [f for f in self.dataset.get_fragments() if unquote(f.path.rsplit("/", 2)[-2]) == plate]
+        chosen = ds.FileSystemDataset(fragments, self.dataset.schema, self.dataset.format, self.dataset.filesystem) \
+            if fragments else self.dataset
+        return chosen, wanted if given is None else given & wanted
+
+    def table(self, columns: Sequence[str] | None = None, *, plate: str | None = None,
+              filter: ds.Expression | None = None, **kwargs: Any) -> pa.Table:
+        """The rows (all files, or those of one plate) as one Arrow table; `columns` to read fewer, `filter` and the rest
+        as in pyarrow.dataset."""
+        dataset, filter = self._where(plate, filter)
+        return dataset.to_table(columns=None if columns is None else list(columns), filter=filter, **kwargs)
+
+    def batches(self, columns: Sequence[str] | None = None, *, plate: str | None = None, filter: ds.Expression | None = None,
+                batch_size: int = 4096) -> Iterator[pa.RecordBatch]:
+        """The same rows in record batches of at most `batch_size`, for tables larger than memory; no batch is empty."""
+        dataset, filter = self._where(plate, filter)
+        # little read-ahead: the default keeps many files in memory
+        found = dataset.to_batches(columns=None if columns is None else list(columns), filter=filter, batch_size=batch_size,
+                                   batch_readahead=2, fragment_readahead=1)
+        return (batch for batch in found if batch.num_rows)
 
     def matrix(self, column: str = "cls", **kwargs: Any) -> np.ndarray:
         """One vector column as [rows, D]."""
@@ -129,6 +161,12 @@ class Features:
         part, _, name = array.partition(".zarr/")
         base = str(local_path(self.url)) if is_local(self.url) else self.url.rstrip("/")
         return zarr.open_array(f"{base}/{safe_join(part + '.zarr', name)}", mode="r")[index]
+
+
+def _generation(path: str) -> int:
+    """Which generation wrote a file, by its name: 0 for part-<unit>.parquet, 1 for part-<unit>.r1.parquet, ..."""
+    found = re.search(r"\.r(\d+)\.parquet$", path)
+    return int(found[1]) if found else 0
 
 
 def open_features(url: str) -> Features:

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from dinoray import open_features
 from dinoray.errors import BadRequest, ItemError
 from dinoray.io import tables
+from dinoray.io.stores import open_store
 from dinoray.io.tables import as_vector_dtype, dense_columns, feature_schema, write_table
 
 FACTS = {"fingerprint": "f" * 16, "model": "vitt16", "normalisation": {"mean": [0.5]}}
@@ -182,6 +183,59 @@ def test_a_filter_that_keeps_some_rows_or_none(tmp_path: Path) -> None:
     assert np.array_equal(some, columns["cls"][4:])
     none = found.matrix("cls", filter=ds.field("tile") > 100)
     assert none.shape == (0, 5)
+
+
+@pytest.mark.parametrize("url", ["{tmp}", "memory://tables-{name}"])
+def test_one_plate_and_batches(tmp_path: Path, url: str) -> None:
+    store = open_store(url.format(tmp=tmp_path, name=tmp_path.name))
+    long = "L" * 300
+    for plate, folder, n in (("P 1", "P%201", 5), (".x", "%2Ex", 3), (long, "L" * 100 + "-cut", 2)):
+        columns = {**columns_of(n, 4, "float32", n), "Metadata_Plate": [plate] * n}
+        store.put(f"features/{folder}/part-a.parquet", write_table(columns, schema_of(4, "float32")))
+    found = open_features(store.url)
+    for plate, n in (("P 1", 5), (".x", 3), (long, 2), ("P", 0)):
+        assert found.table(["tile"], plate=plate)["tile"].to_pylist() == list(range(n))
+        assert np.array_equal(found.matrix("cls", plate=plate), columns_of(n, 4, "float32", n)["cls"].reshape(n, 4))
+    batches = list(found.batches(["tile", "cls"], batch_size=2))
+    assert sum(batch.num_rows for batch in batches) == 10
+    assert max(batch.num_rows for batch in batches) == 2
+    some = list(found.batches(["tile"], plate="P 1", filter=ds.field("tile") > 2, batch_size=9))
+    assert [batch["tile"].to_pylist() for batch in some] == [[3, 4]]
+    table = found.table(["tile"], plate="P 1", filter=ds.field("tile") > 3)
+    assert table["tile"].to_pylist() == [4]
+
+
+def test_a_plate_is_read_from_its_folder_alone(tmp_path: Path) -> None:
+    for plate in ("P1", "P2"):
+        write(tmp_path / f"features/{plate}/part-a.parquet")
+    found = open_features(str(tmp_path))
+    (tmp_path / "features/P2/part-a.parquet").write_bytes(b"nothing")
+    assert found.table(["item_id"], plate="P1").num_rows == 0  # the filter still holds; the other folder was not opened
+    with pytest.raises(pa.ArrowInvalid):
+        found.table(["item_id"])
+
+
+def test_files_of_later_generations_stand_beside_the_first(tmp_path: Path) -> None:
+    for name, n, extra in (("P1/part-a.parquet", 3, []), ("P1/part-a.r1.parquet", 2, []),
+                           ("P0/part-b.r10.parquet", 1, ["Metadata_Dose"]), ("P0/part-c.r9.parquet", 4, [])):
+        columns = {**columns_of(n, 2, "float32", n), "Metadata_Plate": [name[:2]] * n, "Metadata_Dose": ["7"] * n}
+        schema = feature_schema(vectors={"cls": 2, "patch_mean": 2}, vector_dtype="float32", dense=["patches"],
+                                metadata_columns=["Metadata_Plate", *extra], facts=FACTS)
+        (tmp_path / "features" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "features" / name).write_bytes(write_table(columns, schema))
+    found = open_features(str(tmp_path))
+    assert found.table().num_rows == 10
+    assert found.facts == FACTS
+    assert sorted(found.table(["Metadata_Dose"])["Metadata_Dose"].to_pylist(), key=str) == ["7", *[None] * 9]
+    assert found.matrix("cls", plate="P1").shape == (5, 2)
+
+
+def test_a_plate_where_images_have_none(tmp_path: Path) -> None:
+    schema = feature_schema(vectors={"cls": 2}, vector_dtype="float32", dense=["patches"])
+    (tmp_path / "features").mkdir()
+    (tmp_path / "features/part-a.parquet").write_bytes(write_table(columns_of(3, 2, "float32"), schema))
+    with pytest.raises(BadRequest, match="have no plate"):
+        open_features(str(tmp_path)).table(plate="P1")
 
 
 def test_columns_and_outputs_that_are_not_there(tmp_path: Path) -> None:
