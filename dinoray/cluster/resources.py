@@ -15,11 +15,10 @@ from dataclasses import dataclass
 import ray
 
 from dinoray.errors import BadRequest
+from dinoray.memory.budget import LOCAL_OBJECT_STORE_BYTES
 
 logger = logging.getLogger(__name__)
 
-LOCAL_OBJECT_STORE_BYTES = 128 * 2**20
-"""Only unit numbers and receipts travel, so a local Ray needs next to nothing."""
 CORES_PER_CPU_WORKER = 8
 """With `workers=auto` on CPU: one actor per so many cores. One actor computes several batches at once."""
 
