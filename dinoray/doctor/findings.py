@@ -33,9 +33,8 @@ def lines(findings: Iterable[Finding]) -> list[str]:
 def verdict(findings: Iterable[Finding]) -> str:
     """The last line: how many of each."""
     levels = [f.level for f in findings]
-    if fails := levels.count("fail"):
-        return f"verdict: fail ({fails} failed, {levels.count('warn')} warnings)"
-    return f"verdict: ok ({levels.count('warn')} warnings)"
+    counts = ", ".join(f"{levels.count(level)} {level}" for level in ("ok", "warn", "fail"))
+    return f"verdict: {'fail' if 'fail' in levels else 'ok'} ({counts})"
 
 
 def size(num_bytes: float) -> str:

@@ -41,6 +41,8 @@ class LayerFacts:
     """Of LayerNorm weights."""
     norms_at_init: bool = True
     """All norm weights are 1 and all their biases 0."""
+    no_op: list[str] = field(default_factory=list)
+    """LayerScales whose gammas are all below NO_OP_GAMMA."""
     zeros: list[str] = field(default_factory=list)
     """Weight tensors that are 0 throughout."""
     broken: list[str] = field(default_factory=list)
@@ -57,6 +59,8 @@ class LayerFacts:
             return
         if kind == "weights" and not part.endswith("mask_token") and not tensor.any():
             self.zeros.append(part)
+        if kind == "gamma" and tensor.abs().max() < NO_OP_GAMMA:
+            self.no_op.append(part.removesuffix(".lambda1"))
         total, count = self._sums.get(kind, (0.0, 0))
         total, count = total + tensor.abs().sum(dtype=torch.float64).item(), count + tensor.numel()
         self._sums[kind] = total, count
@@ -142,10 +146,11 @@ def judge(layers: list[LayerFacts]) -> Iterator[Finding]:
     broken = [text for layer in layers for text in layer.broken]
     if broken:
         yield Finding("fail", "values", f"{len(broken)} tensors cannot be used: {_some(broken)}", "get the file again")
-    dead = [layer.name for layer in layers if layer.gamma and max(-layer.gamma[0], layer.gamma[1]) < NO_OP_GAMMA]
-    if dead:
-        yield Finding("fail", "LayerScale", f"all gammas of {_some(dead)} are below {NO_OP_GAMMA:g}, as before training: "
-                      "the network is a no-op that looks alive", "use a checkpoint of trained weights that holds its LayerScale")
+    scales = 2 * sum(layer.gamma is not None for layer in layers)
+    if no_op := [f"{layer.name} {part}" for layer in layers for part in layer.no_op]:
+        what = "the network is a no-op" if len(no_op) == scales else "these parts of the network are no-ops"
+        yield Finding("fail", "LayerScale", f"{len(no_op)} of {scales} are below {NO_OP_GAMMA:g}, as before training, so {what} "
+                      f"that looks alive: {_some(no_op)}", "use a checkpoint of trained weights that holds its LayerScale")
     elif any(layer.gamma for layer in layers):
         gammas = [layer.gamma for layer in layers if layer.gamma]
         if all(g[0] == g[1] for g in gammas):
