@@ -64,7 +64,8 @@ def check_source(url: str) -> Finding:
         return _failed("source", error)
     c, y, x = loaded.image.pixels.shape
     return Finding("ok", "source", f"{item.item_id}: {c} channels of {y} x {x} {loaded.image.pixels.dtype}, "
-                   f"{size(loaded.num_bytes)}; listed in {listed:.2f} s, read in {loaded.read_s:.2f} s, decoded in {loaded.decode_s:.2f} s")
+                   f"{size(loaded.num_bytes)}; listed in {listed:.2f} s, read in {loaded.read_s:.2f} s, "
+                   f"decoded in {loaded.decode_s:.2f} s")
 
 
 def _failed(subject: str, error: DinorayError) -> Finding:

@@ -23,7 +23,7 @@ from ray.autoscaler._private.util import prepare_config
 from dinoray.cluster import resources
 from dinoray.errors import BadRequest
 from dinoray.verification import open_run
-from tests.cluster.test_job_submit import ROOT, free_port
+from tests.cluster.heads import ROOT, free_port
 from tests.conftest import texture
 from tests.runs import check_whole, data_objects, run
 

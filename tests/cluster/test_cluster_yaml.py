@@ -13,7 +13,7 @@ import yaml
 from ray._private.runtime_env.packaging import create_package, get_uri_for_directory
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from tests.cluster.test_job_submit import ROOT
+from tests.cluster.heads import ROOT
 
 VCPU_AND_GPU = {"m7i.xlarge": (4, 0), "c7i.4xlarge": (16, 0), "g6.4xlarge": (16, 1)}
 """Of the instance types in the file, from AWS's list; a new type has to be entered here."""
