@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import tomllib
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -87,8 +88,10 @@ def test_no_secret_stands_in_it() -> None:
 
 
 def test_versions_are_pinned(config: dict[str, Any]) -> None:
-    mounts = {Path(local).name for local in config["file_mounts"].values()}
-    assert {"constraints.txt", "pyproject.toml"} <= mounts
+    mounts = {local for local in config["file_mounts"].values() if not local.startswith("~")}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert mounts == {"pyproject.toml", "constraints.txt", "dinoray", project["readme"], *project["license-files"]}
+    assert all((ROOT / local).exists() for local in mounts)  # what an installation from these files needs
     installs = [command for command in config["setup_commands"] if "pip install" in command]
     assert installs
     for command in installs:
@@ -114,3 +117,39 @@ def test_a_job_ships_the_code_and_nothing_else(tmp_path: Path) -> None:
     code = {str(p.relative_to(ROOT)) for folder in ("dinoray", "jobs") for p in (ROOT / folder).rglob("*")
             if p.is_file() and "__pycache__" not in p.parts}
     assert shipped == code | {"pyproject.toml", "constraints.txt", "cluster.yaml"}
+
+
+def test_on_a_simulated_aws_rays_own_launcher_opens_nothing_and_rents_spot(
+        config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Ray's bootstrap and node provider against moto, made ready as docs/cluster.md says."""
+    import boto3
+    from moto import mock_aws
+
+    monkeypatch.setenv("HOME", str(tmp_path))  # Ray keeps the SSH key that it makes in ~/.ssh
+    monkeypatch.delenv("AWS_PROFILE", raising=False)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        monkeypatch.setenv(name, "simulated")
+    region = config["provider"]["region"]
+    with mock_aws():
+        from ray.autoscaler._private.aws.config import bootstrap_aws
+        from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+
+        ec2, iam = boto3.client("ec2", region), boto3.client("iam", region)
+        group = ec2.create_security_group(GroupName="dinoray", Description="test")["GroupId"]
+        image = ec2.describe_images()["Images"][0]["ImageId"]
+        text = TEXT.replace("sg-00000000000000000", group).replace("ami-00000000000000000", image)
+        prepared = prepare_config(yaml.safe_load(text))
+        for profile in {kind["node_config"]["IamInstanceProfile"]["Name"] for kind in prepared["available_node_types"].values()}:
+            iam.create_instance_profile(InstanceProfileName=profile)
+        ready = bootstrap_aws(prepared)
+        assert [g["IpPermissions"] for g in ec2.describe_security_groups()["SecurityGroups"]] == [[], []]  # the default, ours
+        assert iam.list_roles()["Roles"] == []  # none with full access was made
+        provider = AWSNodeProvider(ready["provider"], ready["cluster_name"])
+        for name, kind in ready["available_node_types"].items():
+            provider.create_node(dict(kind["node_config"]), {"ray-user-node-type": name}, 1)
+        found = {tag["Value"]: instance for reservation in ec2.describe_instances()["Reservations"]
+                 for instance in reservation["Instances"] for tag in instance["Tags"] if tag["Key"] == "ray-user-node-type"}
+        assert found.keys() == ready["available_node_types"].keys()
+        for name, instance in found.items():
+            assert (instance.get("InstanceLifecycle") == "spot") == (name != config["head_node_type"]), name
+            assert [g["GroupId"] for g in instance["SecurityGroups"]] == [group]
