@@ -169,3 +169,26 @@ def test_sizes_are_near_what_they_say(number: int) -> None:
     text, unit = size(number).split(" ")
     said = float(text) * {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}[unit]
     assert abs(said - number) <= 0.05 * max(1.0, number)
+
+
+@pytest.mark.parametrize(("native", "level"), [(True, "ok"), (False, "warn")])
+def test_a_gpu(native: bool, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    for name, answer in {"is_available": True, "device_count": 2, "mem_get_info": (20 * GB, 24 * GB),
+                         "is_bf16_supported": native, "get_device_name": "NVIDIA L4"}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *args, answer=answer, **more: answer)
+    found = machine.check_device()
+    assert found.level == level
+    assert "2 x NVIDIA L4, 20.0 GB free of 24.0 GB" in found.text
+    assert ("--precision float32" in found.advice) == (not native)
+
+
+def test_a_driver_that_torch_cannot_use_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(machine.Path, "exists", lambda self: str(self) == "/dev/nvidia0")
+    found = machine.check_device()
+    assert found.level == "fail"
+    assert "torch" in found.advice
