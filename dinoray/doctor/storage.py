@@ -32,13 +32,12 @@ def check_output(url: str, probe: Callable[[str], Any] | None = None) -> Iterato
     if not facts.list_after_write:
         yield Finding("warn", "output", "a listing lags behind what was written",
                       "wait a minute between a stop and its resume; units may be computed twice otherwise")
-    if not facts.conditional_put:
+    if not facts.put_if_absent:
         yield Finding("warn", "output", "no put-if-absent: two drivers on one output cannot be kept apart",
                       "make sure that only one job at a time runs on an --out")
-    if facts.network_filesystem:
-        yield Finding("warn", "output", f"a network file system ({facts.network_filesystem})"
-                      if isinstance(facts.network_filesystem, str) else "a network file system",
-                      "mount it with close-to-open consistency and no attribute cache on other nodes, or use an object store")
+    if facts.network_file_system:
+        yield Finding("warn", "output", f"a network file system ({facts.file_system})", "expect slow small writes; where you "
+                      "can, use the file server's object store or a local disk")
     if facts.free_bytes is not None and facts.free_bytes < GOOD_DISK:
         yield Finding("fail" if facts.free_bytes < LEAST_DISK else "warn", "output", f"{size(facts.free_bytes)} free",
                       "make room, or choose another --out")

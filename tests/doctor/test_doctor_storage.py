@@ -16,13 +16,14 @@ class Facts:
     """The facts of a sound store, as `dinoray.io.probe` gives them."""
 
     atomic_put: bool = True
-    conditional_put: bool = True
+    put_if_absent: bool = True
     read_after_write: bool = True
     list_after_write: bool = True
     put_s: float = 0.01
     get_s: float = 0.005
     free_bytes: int | None = None
-    network_filesystem: bool = False
+    file_system: str | None = None
+    network_file_system: bool = False
 
 
 def found(facts: Facts) -> list[tuple[str, str]]:
@@ -36,8 +37,9 @@ def test_a_sound_store() -> None:
 
 @pytest.mark.parametrize(("change", "level", "text"), [
     ({"atomic_put": False}, "fail", "half of an object"), ({"read_after_write": False}, "fail", "read back"),
-    ({"list_after_write": False}, "warn", "lags"), ({"conditional_put": False}, "warn", "two drivers"),
-    ({"network_filesystem": True}, "warn", "network file system"), ({"free_bytes": 10**8}, "fail", "100.0 MB free"),
+    ({"list_after_write": False}, "warn", "lags"), ({"put_if_absent": False}, "warn", "two drivers"),
+    ({"network_file_system": True, "file_system": "nfs4"}, "warn", "network file system (nfs4)"),
+    ({"free_bytes": 10**8}, "fail", "100.0 MB free"),
     ({"free_bytes": 5 * 10**9}, "warn", "5.0 GB free"), ({"put_s": 2.0}, "warn", "slow"), ({"get_s": 2.0}, "warn", "slow")])
 def test_each_missing_guarantee_has_its_line(change: dict[str, object], level: str, text: str) -> None:
     lines = found(replace(Facts(), **change))
