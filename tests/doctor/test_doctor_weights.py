@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import dinoray
 from dinoray.doctor.weights import examine_weights, table
 from dinoray.errors import BadRequest, WeightsError
+from tests.vision.oracles import to_meta, to_timm
 
 Tensors = dict[str, torch.Tensor]
 
@@ -71,6 +72,22 @@ def test_the_table_has_a_line_for_each_layer(sound: Path, tmp_path: Path) -> Non
     assert found[0].split()[:4] == ["layer", "tensors", "values", "dtype"]
     assert re.match(r"layer 2 +17 +445,056 +bfloat16 ", found[4])
     assert re.match(r"layer 3 +17 +445,056 +float32 ", found[5])
+
+
+@pytest.mark.parametrize(("layout", "convert", "unused"), [("meta", to_meta, " for training only"), ("timm", to_timm, "")])
+def test_other_layouts_are_examined_alike(sound: Path, tmp_path: Path, layout: str, convert: Callable[[Tensors], Tensors],
+                                          unused: str) -> None:
+    tensors = convert(load_file(sound / "model.safetensors"))
+    if layout == "meta":
+        tensors["local_cls_norm.weight"] = torch.ones(192)
+    torch.save(tensors, tmp_path / "weights.pth")
+    found, before = examine_weights(str(tmp_path / "weights.pth")), examine_weights(str(sound))
+    assert levels(found) == levels(before)
+    text = {f.subject: f.text for f in found.findings}
+    assert f"({layout} layout)" in text["coverage"] and unused in text["coverage"]
+    assert text["digest"] == {f.subject: f.text for f in before.findings}["digest"]
+    assert [(layer.weights, layer.gamma, layer.norm) for layer in found.layers[1:]] == [
+        (layer.weights, layer.gamma, layer.norm) for layer in before.layers[1:]]
 
 
 @pytest.mark.parametrize(("parts", "text"), [
