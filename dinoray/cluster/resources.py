@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import ray
 
 from dinoray.errors import BadRequest
+from dinoray.memory.budget import LOCAL_OBJECT_STORE_BYTES
 
-LOCAL_OBJECT_STORE_BYTES = 128 * 2**20
-"""Only unit numbers and receipts travel, so a local Ray needs next to nothing."""
+logger = logging.getLogger(__name__)
+
 CORES_PER_CPU_WORKER = 8
 """With `workers=auto` on CPU: one actor per so many cores. One actor computes several batches at once."""
 
@@ -86,20 +87,30 @@ def quiet_stderr() -> Iterator[None]:
 def actor_shape(workers: str, *, device: str, decode_threads: int | None, compute_threads: int | None) -> ActorShape:
     """Resolve `workers` against the cluster that is connected.
 
-    CUDA: one GPU per actor, decode threads + 1 CPUs. CPU: the cores of the cluster shared among the actors
-    (`compute_threads` where given). Raises BadRequest when not even one actor can ever fit.
+    CUDA: one GPU per actor, decode threads + 1 CPUs. CPU: `compute_threads` where given. Else the cores that are
+    there now, shared among MAX actors; where nodes may still join and MIN is below MAX, among MIN actors, so that
+    more actors mean more nodes; and one core while no node has any, because one core fits every node that may come.
+    Raises BadRequest when not even one actor can ever fit, and when `auto` has nothing to count.
     """
     total = ray.cluster_resources()
     cpus, gpus = int(total.get("CPU", 0)), int(total.get("GPU", 0))
     largest = max((int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]), default=0)
+    grows = may_grow()
+    there = gpus if device == "cuda" else cpus
+    if grows and not there:
+        kind = "GPU" if device == "cuda" else "CPU"
+        if workers == "auto":
+            raise BadRequest(f"no node of the cluster has a {kind} yet, so `auto` cannot tell how many actors to use",
+                             where="--workers", todo="give MIN,MAX (e.g. --workers 1,8): nodes are then added for the work")
+        logger.warning("no node of the cluster has a %s yet: waiting for one (dinoray doctor cluster shows the nodes)", kind)
     if workers == "auto":
         low = high = max(1, gpus if device == "cuda" else cpus // CORES_PER_CPU_WORKER)
     else:
         low, high = int(workers.split(",")[0]), int(workers.split(",")[-1])
     if device == "cuda":
         return ActorShape(low, high, (decode_threads or 4) + 1, 1)
-    threads = compute_threads or max(1, min(cpus // high, largest))
-    if not may_grow() and threads * low > cpus:
+    threads = compute_threads or max(1, min(cpus // (low if grows else high), largest))
+    if not grows and threads * low > cpus:
         raise BadRequest(f"{low} actors of {threads} CPUs do not fit the cluster's {cpus} CPUs",
                          where="--workers", todo=f"use at most {max(1, cpus // threads)} workers, or fewer compute_threads")
     return ActorShape(low, high, threads, 0)

@@ -1,6 +1,6 @@
-"""Token budgets: how many tokens one micro-batch may hold, by model, precision and device.
+"""Budgets: how many tokens one micro-batch may hold, by model, precision and device; and Ray's object store.
 
-The budget is a field of the job with a default from this table, never from the planning machine, its free
+The token budget is a field of the job with a default from this table, never from the planning machine, its free
 memory or the number of workers: the micro-batch is part of what makes bytes equal (design 2, 4.6).
 """
 
@@ -10,6 +10,8 @@ from __future__ import annotations
 # card. On CPU small batches are as fast as large ones (they stay in cache), so the budget is small.
 _CUDA_TOKENS = {"vitt": 131_072, "vits": 65_536, "vitb": 32_768, "vitl": 16_384, "vith": 8_192, "vit7": 2_048}
 _CPU_TOKENS = 2_048
+LOCAL_OBJECT_STORE_BYTES = 128 * 2**20
+"""Ray's object store where dinoray starts Ray itself: only unit numbers and receipts travel, so next to nothing."""
 
 
 def default_token_budget(variant: str, device: str, precision: str) -> int:

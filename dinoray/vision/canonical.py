@@ -69,14 +69,15 @@ def build(
     with torch.no_grad():
         for name, param, row, paired in places(config):
             tensor = fetch(name)
-            _update(digest, name, tensor)
+            update_digest(digest, name, tensor)
             target = params[param] if row is None else params[param][row : row + len(tensor)]
             target.copy_(pair_rows(tensor, config.heads) if paired else tensor)
     backbone.digest = digest.hexdigest()
     return backbone
 
 
-def _update(digest, name: str, tensor: torch.Tensor) -> None:
+def update_digest(digest, name: str, tensor: torch.Tensor) -> None:
+    """Add one canonical tensor, float32 on the CPU, to a sha256 digest; they come in the order of `places`."""
     if name != layouts.MASK_TOKEN:
         digest.update(f"{name} {list(tensor.shape)}\n".encode())
         digest.update(tensor.contiguous().numpy().astype("<f4", copy=False).tobytes())
@@ -96,5 +97,5 @@ def weights_digest(backbone: Backbone) -> str:
     """Digest of a backbone's present values; after training, or cast to bfloat16, not `backbone.digest`."""
     digest = hashlib.sha256()
     for name, tensor in published_tensors(backbone):
-        _update(digest, name, tensor.float())
+        update_digest(digest, name, tensor.float())
     return digest.hexdigest()

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from dinoray.errors import WeightsError
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 INDEX = "model.safetensors.index.json"
 _FORMATS = "give a .safetensors, .pth, .pt or .bin file, or a folder that holds one checkpoint"
 
@@ -79,11 +80,12 @@ def _shards(index: Path) -> tuple[Path, ...]:
 
 
 class TensorReader:
-    """The tensors of a checkpoint by name: `shapes`, and `read(name)` as float32 on the CPU."""
+    """The tensors of a checkpoint by name: `shapes`, `dtypes`, and `read(name)` as float32 on the CPU."""
 
     def __init__(self, found: WeightFiles):
         self.where = found.source
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
         self._of: dict[str, object] = {}
         for file in found.files:
             if not file.is_file():
@@ -93,6 +95,7 @@ class TensorReader:
                 if name in self._of:
                     raise WeightsError(f"two shards hold {name}", where=self.where, todo="download it again")
                 self._of[name], self.shapes[name] = opened, shape
+                self.dtypes[name] = opened.dtype(name)
 
     def read(self, name: str) -> torch.Tensor:
         tensor = self._of[name].read(name)
@@ -108,6 +111,9 @@ class _Safetensors:
     def shapes(self):
         return {name: tuple(self.handle.get_slice(name).get_shape()) for name in self.handle.keys()}  # noqa: SIM118
 
+    def dtype(self, name: str) -> str:
+        return _DTYPES.get(code := str(self.handle.get_slice(name).get_dtype()), code)
+
     def read(self, name: str) -> torch.Tensor:
         return self.handle.get_tensor(name)
 
@@ -118,6 +124,9 @@ class _Pickled:
 
     def shapes(self):
         return {name: tuple(tensor.shape) for name, tensor in self.state.items()}
+
+    def dtype(self, name: str) -> str:
+        return str(self.state[name].dtype).removeprefix("torch.")
 
     def read(self, name: str) -> torch.Tensor:
         return self.state[name].detach()

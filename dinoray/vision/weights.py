@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +25,8 @@ from dinoray.vision.weight_export import hugging_face_config, save_backbone
 from dinoray.vision.weight_files import TensorReader, WeightFiles
 from dinoray.vision.weight_hub import resolve
 
-__all__ = ["load_backbone", "load_normalisation", "resolve", "save_backbone", "weights_digest", "WeightFiles"]
+__all__ = ["OpenedWeights", "load_backbone", "load_normalisation", "open_weights", "resolve", "save_backbone",
+           "weights_digest", "WeightFiles"]
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -48,27 +50,58 @@ def load_backbone(
         raise BadRequest(
             f"dtype is {dtype}", where="load_backbone", todo="use torch.float32 or torch.bfloat16"
         )
+    opened = open_weights(model, weights, accept_license=accept_license)
+    backbone = build(opened.config, opened.fetch, dtype, device)
+    backbone.source, backbone.normalisation_rule = opened.source, opened.rule
+    if expect_digest is not None and backbone.digest != expect_digest:
+        raise WeightsError(
+            f"the weights' digest is {backbone.digest}, not {expect_digest}",
+            where=opened.source,
+            todo="use the weights that the job was planned with",
+        )
+    return backbone
+
+
+@dataclass(frozen=True)
+class OpenedWeights:
+    """Weights that fit `config` by names and shapes: what `build` needs, and what the file says of itself."""
+
+    config: BackboneConfig
+    fetch: Callable[[str], torch.Tensor]
+    """Canonical name -> float32 tensor on the CPU; WeightsError when it holds NaN or infinity."""
+    source: str
+    rule: str
+    """Where the normalisation comes from."""
+    layout: str = "random"
+    dtypes: dict[str, str] = field(default_factory=dict)
+    """dtype in the file of each canonical tensor; empty for random weights."""
+    num_tensors: int = 0
+    num_training_only: int = 0
+    """Tensors of the file that the model does not use, all of them known to serve training only."""
+
+
+def open_weights(
+    model: str | BackboneConfig | None = None,
+    weights: str | os.PathLike | WeightFiles | None = None,
+    *,
+    accept_license: bool = False,
+) -> OpenedWeights:
+    """Find weights and check them by names and shapes; no value is read. Arguments as for `load_backbone`.
+
+    Raises BadRequest or WeightsError.
+    """
     config = variant(model) if isinstance(model, str) else model
     if isinstance(weights, str) and weights.partition(":")[0] == "random":
         if config is None:
             raise BadRequest("random weights for no model", where="--weights", todo="pass --model")
-        fetch, source, rule = _random(config, weights), weights, "default"
-        config = config.with_normalisation(LVD_MEAN, LVD_STD)
-    else:
-        if not isinstance(weights, WeightFiles):
-            weights = resolve(config.name if config else None, weights, accept_license=accept_license)
-        config, fetch = _open(weights, config)
-        mean, std, rule = load_normalisation(weights)
-        config, source = config.with_normalisation(mean, std), weights.source
-    backbone = build(config, fetch, dtype, device)
-    backbone.source, backbone.normalisation_rule = source, rule
-    if expect_digest is not None and backbone.digest != expect_digest:
-        raise WeightsError(
-            f"the weights' digest is {backbone.digest}, not {expect_digest}",
-            where=source,
-            todo="use the weights that the job was planned with",
+        return OpenedWeights(
+            config.with_normalisation(LVD_MEAN, LVD_STD), _random(config, weights), weights, "default"
         )
-    return backbone
+    if not isinstance(weights, WeightFiles):
+        weights = resolve(config.name if config else None, weights, accept_license=accept_license)
+    opened = _open(weights, config)
+    mean, std, rule = load_normalisation(weights)
+    return replace(opened, config=opened.config.with_normalisation(mean, std), rule=rule)
 
 
 def load_normalisation(found: WeightFiles) -> tuple[tuple[float, ...], tuple[float, ...], str]:
@@ -96,8 +129,8 @@ def load_normalisation(found: WeightFiles) -> tuple[tuple[float, ...], tuple[flo
     return LVD_MEAN, LVD_STD, "default (lvd1689m): nothing said otherwise"
 
 
-def _open(found: WeightFiles, config: BackboneConfig | None) -> tuple[BackboneConfig, Callable]:
-    """Check a checkpoint by names and shapes before any value is read; returns (config, fetch by name)."""
+def _open(found: WeightFiles, config: BackboneConfig | None) -> OpenedWeights:
+    """Check a checkpoint by names and shapes before any value is read."""
     reader, where = TensorReader(found), found.source
     layout = layouts.recognise(reader.shapes, where)
     seen = layouts.facts(layout, reader.shapes)
@@ -140,7 +173,19 @@ def _open(found: WeightFiles, config: BackboneConfig | None) -> tuple[BackboneCo
             raise WeightsError(f"{names} holds NaN or infinity", where=where, todo="get the file again")
         return tensor
 
-    return config, fetch
+    return OpenedWeights(
+        config,
+        fetch,
+        where,
+        rule="",
+        layout=layout,
+        dtypes={
+            name: ", ".join(sorted({reader.dtypes[s] for s in recipe.sources})) or "absent, taken as 0"
+            for name, recipe in recipes.items()
+        },
+        num_tensors=len(reader.shapes),
+        num_training_only=len(set(reader.shapes) - wanted),
+    )
 
 
 def _other_model(config: BackboneConfig, seen: dict, differs: dict, where: str) -> WeightsError:

@@ -2,79 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.cluster.heads import RAY, ROOT, start_head
 from tests.runs import check_whole, data_objects, run
-
-ROOT = Path(__file__).parents[2]
-RAY = str(Path(sys.executable).with_name("ray"))
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @pytest.fixture
 def head() -> Iterator[dict[str, str]]:
-    """A Ray head with a job server on 127.0.0.1; ends with its own processes only."""
-    dashboard = free_port()
-    with tempfile.TemporaryDirectory(prefix="drh-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        env = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": folder, "RAY_USAGE_STATS_ENABLED": "0"}
-        env.pop("RAY_ADDRESS", None)
-        process = subprocess.Popen(
-            [RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={free_port()}", "--num-cpus=2",
-             "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={folder}",
-             f"--dashboard-agent-listen-port={free_port()}",  # its default is taken when another Ray runs here
-             "--object-store-memory=100000000"],
-            env=env, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        address = f"http://127.0.0.1:{dashboard}"
-        try:
-            wait_for(address, process, env)
-            yield {**env, "RAY_API_SERVER_ADDRESS": address}
-        finally:
-            children = descendants(process.pid)
-            os.killpg(process.pid, signal.SIGKILL)
-            for pid in children:
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
-            process.wait()
-            process.stdout.close()
-
-
-def descendants(pid: int) -> list[int]:
-    import psutil
-
-    return [child.pid for child in psutil.Process(pid).children(recursive=True)]
-
-
-def wait_for(address: str, process: subprocess.Popen[str], env: dict[str, str]) -> None:
-    from urllib.error import URLError
-    from urllib.request import urlopen
-
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline:
-        assert process.poll() is None, process.stdout.read()
-        try:
-            with urlopen(f"{address}/api/jobs/", timeout=2) as answer:
-                if answer.status == 200:
-                    return
-        except (URLError, OSError):
-            time.sleep(0.5)
-    raise AssertionError("the job server did not answer")
+    """A Ray head with a job server on 127.0.0.1."""
+    with start_head() as env:
+        yield env
 
 
 def submit(env: dict[str, str], *arguments: str, name: str) -> subprocess.CompletedProcess[str]:
