@@ -409,3 +409,10 @@ def test_rules_see_what_they_should() -> None:
         for _ in range(50):
             one.note("GET", "/", {})
     assert first.hits == second.hits and 10 < first.hits["reset"] < 40
+
+
+def test_probe_of_s3_that_behaves(proxy: Proxy) -> None:
+    facts = probe_storage(f"s3://{proxy.bucket}/out")
+    assert facts.protocol == "s3" and facts.free_bytes is None
+    assert facts.atomic_put and facts.put_if_absent and facts.read_after_write and facts.list_after_write
+    assert not list(open_store(f"s3://{proxy.bucket}").list())
