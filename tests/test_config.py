@@ -18,6 +18,7 @@ from dinoray.config import (
     canonical_json,
     channel_groups,
     read_job_file,
+    without_secrets,
 )
 from dinoray.errors import BadRequest
 
@@ -208,3 +209,22 @@ def test_credentials_in_a_url_are_refused_without_repeating_them(field: str) -> 
     with pytest.raises(BadRequest) as refusal:
         build_job(ExtractImagesJob, values)
     assert "password" in str(refusal.value) and "topsecret" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("query", ["X-Amz-Signature=0badc0de", "x=1&X-Amz-Security-Token=0badc0de", "sv=1&sig=0badc0de",
+                                   "access_token=0badc0de", "AWSAccessKeyId=0badc0de&Expires=1", "api_key=0badc0de",
+                                   "X-Goog-Signature=0badc0de", "Key-Pair-Id=0badc0de", "a=b;password=0badc0de"])
+@pytest.mark.parametrize("field", ["sources", "out", "weights", "staging"])
+def test_presigned_urls_are_refused_and_not_repeated(query, field):
+    values = {"sources": ["in"], "out": "out", field: f"https://host/a.tif?{query}"}
+    with pytest.raises(BadRequest) as refusal:
+        build_job(ExtractImagesJob, values)
+    assert "a secret (" in str(refusal.value) and "0badc0de" not in str(refusal.value)
+    assert "0badc0de" not in without_secrets(f"GET https://host/a.tif?{query} failed")
+
+
+@pytest.mark.parametrize("url", ["https://host/a.tif?id=3&author=me", "s3://bucket/token=3/a.tif", "plate?/*.tif",
+                                 "/data/sig=?.tif", "https://host/monkey=1?page=2", "gs://b/secret/a.tif"])
+def test_urls_without_secrets_are_accepted(url):
+    assert build_job(ExtractImagesJob, {"sources": [url], "out": "out"}).sources == (url,)
+    assert without_secrets(url) == url

@@ -16,11 +16,13 @@ from typing import Any
 
 import botocore.session
 import fsspec.config
+from aiobotocore.httpsession import AIOHTTPSession
 from fsspec.asyn import sync, sync_wrapper
+from fsspec.spec import AbstractBufferedFile
 from s3fs import S3FileSystem
 
 from dinoray.errors import SystemicError
-from dinoray.io.retries import CONNECT_S, SILENCE_S, RetriedFile, longest_s, retried_async
+from dinoray.io.retries import CONNECT_S, SILENCE_S, longest_s, retried, retried_async
 from dinoray.io.storage_errors import classify
 
 logger = logging.getLogger(__name__)
@@ -46,15 +48,16 @@ class RetryingS3(S3FileSystem):
     call_s3 = sync_wrapper(_call_s3)
 
     def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
-        file = super()._open(path, mode, **kwargs)
-        return RetriedFile(file, f"s3://{path}") if mode == "rb" else file
+        return RangeFile(self, path, mode, **kwargs) if mode == "rb" else super()._open(path, mode, **kwargs)
 
-    def read_object(self, path: str) -> tuple[bytes, str | None]:
-        """(all bytes, ETag) from one request. Raises what s3fs raises, also for a body that ends early or stalls."""
+    def read_object(self, path: str, *, begin: int = 0, end: int | None = None) -> tuple[bytes, str | None]:
+        """(bytes begin..end-1, all by default; ETag) from one request. Raises what s3fs raises, also for a body that ends
+        early or stalls."""
         bucket, key, _ = self.split_path(path)
+        part = {} if end is None else {"Range": f"bytes={begin}-{end - 1}"}
 
         async def get() -> tuple[bytes, str | None]:
-            response = await self._call_s3("get_object", Bucket=bucket, Key=key)
+            response = await self._call_s3("get_object", Bucket=bucket, Key=key, **part)
             body = response["Body"]
             try:
                 data = await asyncio.wait_for(body.read(), longest_s(response.get("ContentLength") or 0))
@@ -80,6 +83,26 @@ class RetryingS3(S3FileSystem):
             except FileNotFoundError:
                 return None
             raise error
+
+
+class RangeFile(AbstractBufferedFile):
+    """An object opened for reading: ranges are fetched on demand, each retried. (A time-out in s3fs's own S3File ends in an
+    IndexError.)"""
+
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        if start >= end:
+            return b""
+        return retried(lambda: self.fs.read_object(self.path, begin=start, end=end)[0], f"s3://{self.path}")
+
+
+class _OneTrySession(AIOHTTPSession):
+    """aiohttp sends a request again when its connection breaks, and tells nobody. A put-if-absent that took effect would
+    then be answered by "is there already": we must know of every try."""
+
+    async def _get_session(self, proxy_url: str | None) -> Any:
+        session = await super()._get_session(proxy_url)
+        session._retry_connection = False
+        return session
 
 
 # `S3FileSystem.clear_instance_cache()` then forgets our instances as well, as whoever calls it expects
@@ -130,7 +153,7 @@ def remember_public(path: str) -> None:
 
 def _instance(anonymous: bool) -> RetryingS3:
     config = {"connect_timeout": CONNECT_S, "read_timeout": SILENCE_S, "retries": {"total_max_attempts": 1},
-              "max_pool_connections": 64, **_settings().get("config_kwargs", {})}
+              "max_pool_connections": 64, "http_session_cls": _OneTrySession, **_settings().get("config_kwargs", {})}
     return RetryingS3(anon=anonymous, use_listings_cache=False, config_kwargs=config, environment=_environment())
 
 

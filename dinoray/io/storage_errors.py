@@ -114,6 +114,8 @@ def _status(error: BaseException) -> int | None:
     response = getattr(error, "response", None)
     if isinstance(response, dict):  # botocore
         return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    if type(error).__module__ == "aiohttp.http_exceptions":
+        return None  # of the parser: its `code` 400 is no answer of the server's
     for name in ("status", "status_code", "code"):  # aiohttp, azure, google
         value = getattr(error, name, None)
         if isinstance(value, int) and 300 <= value < 600:

@@ -75,6 +75,10 @@ class Proxy:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self):
+        self.reseed()
+
+    def reseed(self) -> None:
+        """Start the chances anew."""
         self._random = random.Random(self.seed)
 
     def note(self, method: str, path: str, headers: dict[str, str]) -> tuple[Request, Rule | None]:

@@ -684,6 +684,14 @@ def test_s3_manifest_with_relative_and_other_files(s3, tmp_path):
     assert items[1].problem.startswith("duplicate_id")
 
 
+@pytest.mark.parametrize("url", ["https://h/a.tif?X-Amz-Signature=0badc0de", "s3://key:0badc0de@lab/a.tif"])
+def test_a_manifest_with_secrets_in_its_urls_is_refused_without_repeating_them(tmp_path, url):
+    (tmp_path / "list.csv").write_text(f"uri\n{url}\n")
+    with pytest.raises(BadRequest) as caught:
+        listed(tmp_path / "list.csv")
+    assert "a URL in the manifest holds a" in str(caught.value) and "0badc0de" not in str(caught.value)
+
+
 def test_s3_access_denied(s3, monkeypatch):
     s3.pipe_file("lab/x/a.png", b"123")
     (item,) = listed("s3://lab/x")

@@ -25,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dinoray.errors import BadRequest, SystemicError, TransientError
+from dinoray.io.retries import RetryCount, counting
 from dinoray.io.stores import (
     TMP_FOLDER,
     FsspecStore,
@@ -267,6 +268,63 @@ def test_a_failed_put_leaves_the_old_object_and_no_scratch(tmp_path: Path, monke
             store.put_if_absent("a/new", b"new")
     assert dict(store.list()) == {"a/k": 3}
     assert store.get("a/k") == b"old"
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EAGAIN])
+@pytest.mark.parametrize("call", ["open", "fsync", "replace", "link", "scandir", "stat"])
+def test_a_local_hiccup_is_retried_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, call: str) -> None:
+    store = LocalStore(tmp_path)
+    store.put("a/b", b"1")
+    real, left = getattr(os, call), [3]
+
+    def sometimes(*args: object, **kwargs: object):
+        if left[0] and str(tmp_path) in str(args[0]) or left[0] and call == "fsync":
+            left[0] -= 1
+            raise OSError(number, os.strerror(number))
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch, counting(RetryCount()) as count:
+        patch.setattr(os, call, sometimes)
+        store.put("a/b", b"new")
+        assert store.put_if_absent("a/c", b"2")
+        assert store.exists("a/b")
+        listed = dict(store.list("a"))
+    assert left == [0] and count.total == 3
+    assert listed == {"a/b": 3, "a/c": 1} and store.get("a/b") == b"new"
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK])
+def test_a_file_system_without_hard_links_is_told_once(tmp_path: Path, monkeypatch, caplog, number: int) -> None:
+    def no_links(*args: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", no_links)
+    store = LocalStore(tmp_path / "out")
+    assert store.put_if_absent("a", b"first") and not store.put_if_absent("a", b"second")
+    assert LocalStore(tmp_path / "out").put_if_absent("b", b"1")
+    assert store.get("a") == b"first" and not store.has_put_if_absent
+    assert sum("without hard links" in record.message for record in caplog.records) == 1
+    assert dict(store.list()) == {"a": 5, "b": 1}
+    with ThreadPoolExecutor(6) as pool:
+        assert sum(pool.map(lambda n: store.put_if_absent("raced", b"%d" % n), range(6))) == 1
+
+
+def test_no_raw_error_leaves_a_local_store(tmp_path: Path) -> None:
+    (tmp_path / "out" / "folder").mkdir(parents=True)
+    (tmp_path / "out" / "file").write_bytes(b"1")
+    store = LocalStore(tmp_path / "out")
+    for call in (store.get, store.open):
+        with pytest.raises(FileNotFoundError):
+            call("folder")
+        with pytest.raises(NotADirectoryError):  # how a run learns that its output lies below a file
+            call("file/below")
+    for put in (store.put, store.put_if_absent):
+        with pytest.raises(SystemicError, match="cannot write the output"):
+            put("file/below", b"1")
+    with pytest.raises(SystemicError, match="cannot write the output"):
+        store.put("folder", b"1")
+    assert not store.exists("file/below") and list(store.list("file/below")) == []
+    store.delete("file/below")
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
