@@ -48,6 +48,8 @@ class CardRow:
     image: str = ""
     map: str = ""
     tiles: int = 0
+    kind: str = "tiles"
+    """What the rows are: tiles or objects."""
     note: str = ""
 
 
@@ -161,15 +163,16 @@ def _card(item: SampledItem, sample: Sample, picture: Picture, bases: dict[str, 
     height, width = table["height"][0].as_py(), table["width"][0].as_py()
     channels = list(dict.fromkeys(table["channel"].to_pylist()))
     names = np.array(table["channel"].to_pylist(), dtype=object)
+    kind = "objects" if "object_id" in table.column_names else "tiles"
     rows = []
     for channel in channels[:CHANNELS_PER_CARD]:
         mine = np.flatnonzero(names == channel)
-        row = CardRow(channel, tiles=len(mine))
+        row = CardRow(channel, tiles=len(mine), kind=kind)
         if channel in picture.channels:
             row.image = data_uri(picture.channels[channel])
         if channel in bases:
             if len(mine) > MAX_TILES:
-                row.note = f"map: the first {MAX_TILES} of {len(mine)} tiles"
+                row.note = f"map: the first {MAX_TILES} of {len(mine)} {kind}"
                 mine = mine[:MAX_TILES]
             part = table.take(mine)
             boxes = np.stack([part[name].to_numpy() for name in ("y0", "x0", "y1", "x1")], axis=1)

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from dinoray.errors import OutputDamaged
 from dinoray.report.layout import is_edge, parse_well, smallest_layout, well_name
 from dinoray.report.plates import PLATE_COLUMNS, Key
-from dinoray.report.probe import Probe, evenly_by_class, probe
+from dinoray.report.probe import Probe, evenly_by_class, probe, staggered
 from dinoray.report.run import Part, Run
 from dinoray.report.sample import Sample, evenly, pick_vector
 
@@ -186,16 +186,16 @@ def _read_images(run: Run) -> dict[str, list[Labelled]]:
             tuple(metadata.get(column) for column in PLATE_COLUMNS[:2])
     chosen = sorted(key[-1] or "" for key in choose_plates(batches))
     found: dict[str, list[Labelled]] = {}
-    for name in chosen:
-        files = [parts[name][i] for i in evenly(len(parts[name]), max(1, MAX_FILES // len(chosen)))]
+    for turn, name in enumerate(chosen):
+        files = [parts[name][i] for i in staggered(len(parts[name]), max(1, MAX_FILES // len(chosen)), turn)]
         per_file = max(1, MAX_IMAGES // len(chosen) // len(files))
         for part in files:
-            for channel, ones in _read_file(run, part, per_file).items():
+            for channel, ones in _read_file(run, part, per_file, turn).items():
                 found.setdefault(channel, []).extend(ones)
     return found
 
 
-def _read_file(run: Run, part: Part, count: int) -> dict[str, list[Labelled]]:
+def _read_file(run: Run, part: Part, count: int, turn: int) -> dict[str, list[Labelled]]:
     try:
         with run.store.open(part.key) as file:
             parquet = pq.ParquetFile(file)
@@ -211,7 +211,7 @@ def _read_file(run: Run, part: Part, count: int) -> dict[str, list[Labelled]]:
                             todo="see `dinoray verify`, then run the extraction again") from error
     wells = dict(zip(table["item_id"].to_pylist(), table["Metadata_Well"].to_pylist(), strict=True))
     ids = list(wells)
-    kept = pa.array([ids[i] for i in evenly_by_class([wells[name] or "" for name in ids], count)])
+    kept = pa.array([ids[i] for i in evenly_by_class([wells[name] or "" for name in ids], count, turn)])
     table = table.filter(pc.is_in(table["item_id"], value_set=kept))
     vectors = table[vector].combine_chunks()
     matrix = vectors.flatten().to_numpy(zero_copy_only=False).reshape(len(vectors), -1).astype(np.float32)

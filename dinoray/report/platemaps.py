@@ -81,13 +81,13 @@ def view_plates(plates: Plates) -> PlateView:
     titled = per_plate * len(drawn) <= TITLED_WELLS
     view = PlateView(wells=layout[0] * layout[1], colours=list(enumerate(colour_ramp())))
 
-    def block(title: str, value: Callable[[Well], float]) -> Block:
-        return _block(title, drawn, layout, value, titled=titled)
+    def block(title: str, value: Callable[[Well], float], percents: tuple[float, float]) -> Block:
+        return _block(title, drawn, layout, value, percents, titled=titled)
 
     for name, value in _counts(plates):
-        view.counts.append(block(TITLES[name], value))
+        view.counts.append(block(TITLES[name], value, (0, 100)))
     for channel in channels:
-        view.quality.append((channel, [block(TITLES[metric], lambda well, m=metric, c=channel: well.mean(c, m))
+        view.quality.append((channel, [block(TITLES[metric], lambda well, m=metric, c=channel: well.mean(c, m), RANGE_PERCENTS)
                                        for metric in METRICS]))
     view.lead, view.notes = _lead(plates, drawn), _notes(plates, drawn, channels)
     return view
@@ -136,18 +136,19 @@ def _notes(plates: Plates, drawn: list[PlateData], channels: list[str]) -> list[
             notes.append(f"{plate.name}: {plate.units_read:,} of its {plate.units:,} files were read; hollow wells may have "
                          "rows in the others.")
         if plate.misplaced:
-            notes.append(f"{plate.name}: {plate.misplaced:,} rows have a well that is no place on a plate.")
+            notes.append(f"{plate.name}: rows whose well is no place on a plate: {plate.misplaced:,}.")
     return notes
 
 
-def _block(title: str, plates: list[PlateData], layout: Place, value: Callable[[Well], float], *, titled: bool) -> Block:
+def _block(title: str, plates: list[PlateData], layout: Place, value: Callable[[Well], float],
+           percents: tuple[float, float], *, titled: bool) -> Block:
     values = [{place: value(well) for place, well in plate.wells.items()} for plate in plates]
     known = np.array([v for one in values for v in one.values() if np.isfinite(v)])
     if not len(known):
         return Block(title, same="no values")
     if known.min() == known.max():
         return Block(title, same=f"{number(float(known[0]))} in every well")
-    low, high = (float(v) for v in np.percentile(known, RANGE_PERCENTS))
+    low, high = (float(v) for v in np.percentile(known, percents))
     if low == high:  # nearly all wells are equal: show the few that are not
         low, high = float(known.min()), float(known.max())
     maps = [Map(plate.name, plate.why, draw_plate(plate, one, layout, low, high, titled=titled))

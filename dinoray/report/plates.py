@@ -111,11 +111,12 @@ def read_plates(run: Run) -> Plates:
     for part in run.parts:
         if part.plate:
             parts.setdefault(part.plate, []).append(part)
-    names = list(parts)
+    names = list(dict.fromkeys(plate for part in run.generations if part.kind != "retry"
+                               for plate in part.plan.index["plate"].to_pylist() if plate))
     if not names:
         return Plates(problem="Plates are unknown here, so there are no plate maps. They come from the names of files and "
                               "folders (`--pattern`), or from columns Metadata_Plate and Metadata_Well of a manifest.")
-    losses = [loss.plate for loss in plates_by_loss(run) if loss.plate in parts]
+    losses = [loss.plate for loss in plates_by_loss(run)]
     chosen = names
     if len(names) > DRAWN:
         lost = losses[:LOST_MOST]
@@ -124,13 +125,13 @@ def read_plates(run: Run) -> Plates:
     found, result = {}, Plates(num_plates=len(names), num_looked_at=len(chosen))
     rows_left = MAX_ROWS
     for name in chosen:
-        wanted = _within(parts[name], max(rows_left, MAX_ROWS // LOOKED_AT))
+        wanted = _within(parts.get(name, []), max(rows_left, MAX_ROWS // LOOKED_AT))
         rows_left -= sum(part.rows for part in wanted)
         for part in wanted:
             _add_part(run, part, found, result)
         for plate in found.values():
             if plate.key[-1] == name:
-                plate.units_read, plate.units = len(wanted), len(parts[name])
+                plate.units_read, plate.units = len(wanted), len(parts.get(name, []))
     _add_planned(run.planned_of_plates(set(chosen)), run, found)
     usable = [plate for plate in found.values() if plate.wells]
     if not usable:

@@ -9,7 +9,6 @@ class, because images of one group stand and fall together.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,6 +27,8 @@ MAX_CLASSES = 48
 C = 0.02
 """Strong regularisation: there are often more features than wells."""
 _SIGMAS = 2.5
+_GOLDEN = 0.618034
+"""Multiples of it, modulo 1, are spread evenly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,15 +88,28 @@ def probe(vectors: np.ndarray, labels: Sequence[str], groups: Sequence[str]) -> 
     return Probe(float(balanced_accuracy_score(y, predicted)), chance, bound, len(kept), len(names), len(chosen))
 
 
-def evenly_by_class(labels: Sequence[str], limit: int) -> list[int]:
-    """At most `limit` positions, the classes as equally represented as they allow, each spread evenly. In order."""
-    counts = Counter(labels)
+def evenly_by_class(labels: Sequence[str], limit: int, turn: int = 0) -> list[int]:
+    """At most `limit` positions, the classes as equally represented as they allow, each spread evenly. In order.
+
+    Where a class begins differs from class to class (and with `turn`), so that two plates do not give the same
+    few columns of wells.
+    """
     if len(labels) <= limit:
         return list(range(len(labels)))
-    share = max(1, limit // len(counts))
+    members: dict[str, list[int]] = {}
+    for position, label in enumerate(labels):
+        members.setdefault(label, []).append(position)
+    if len(members) > limit:  # not even one of each
+        members = {"": list(range(len(labels)))}
+    share = limit // len(members)
     kept = []
-    for label in sorted(counts):
-        mine = [i for i, other in enumerate(labels) if other == label]
-        steps = min(share, len(mine))
-        kept += [mine[i * len(mine) // steps] for i in range(steps)]
+    for rank, label in enumerate(sorted(members)):
+        mine = members[label]
+        kept += [mine[i] for i in staggered(len(mine), share, rank + turn)]
     return sorted(kept)
+
+
+def staggered(count: int, wanted: int, turn: int) -> list[int]:
+    """At most `wanted` positions spread evenly over range(count), beginning elsewhere for each `turn`."""
+    steps = min(wanted, count)
+    return [int((i + turn * _GOLDEN % 1) * count / steps) for i in range(steps)]

@@ -95,6 +95,10 @@ class Run:
                     yield from ((item, troubled) for item in part.plan.unit(number).items)
 
 
+_SETTINGS = frozenset({"scaling", "scaling_low_percent", "scaling_high_percent", "channels", "vector_dtype", "layers"})
+"""What every run of images has among its settings."""
+
+
 class _Weights(BaseModel):
     source: str
     digest: str
@@ -158,4 +162,8 @@ def _read_job(store: Store) -> dict[str, Any]:
     except ValueError as error:  # no JSON, no UTF-8
         raise OutputDamaged(f"the record of the job cannot be read: {error}", where=where,
                             todo="restore it from a copy") from error
+    missing = _SETTINGS - job["identity"]["settings"].keys()
+    if missing and "features" in job["identity"]["settings"]:
+        raise OutputDamaged(f"the record of the job lacks the settings {', '.join(sorted(missing))}", where=where,
+                            todo="restore it from a copy")
     return job

@@ -76,6 +76,8 @@ class StageTotals:
     table_bytes: int = 0
     retries: dict[str, int] = field(default_factory=dict)
     """Storage requests that were tried again, by what was the matter."""
+    isolated: int = 0
+    """Units that were done item by item in a child process, because their process had died on them."""
 
     def add(self, receipt: Receipt) -> None:
         """Count one receipt."""
@@ -90,6 +92,7 @@ class StageTotals:
         for stored in receipt.objects:
             self.dense_bytes += stored.bytes * stored.key.startswith("dense/")
             self.table_bytes += stored.bytes * stored.key.startswith("features/")
+        self.isolated += bool(getattr(receipt, "isolated", False))
         for what, count in (getattr(receipt, "retries", None) or {}).items():  # older receipts have none
             self.retries[what] = self.retries.get(what, 0) + count
 
