@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from dinoray.errors import BadRequest, OutputDamaged
 from dinoray.io.stores import filesystem, is_local, local_path
@@ -33,6 +34,8 @@ from dinoray.verification import DATA_FOLDERS
 HISTOGRAM_CHANNELS = 8
 WORKERS_SHOWN = 12
 PLATES_LISTED = 12
+TEXT_CHARS = 5000
+"""Longest text of a name or a message."""
 COMMAND_CHARS = 4000
 """Longer commands (thousands of sources) are cut; job.json has them whole."""
 _GUARDED = (*DATA_FOLDERS, "_dinoray", "_SUCCESS")
@@ -68,7 +71,7 @@ def render(run: Run) -> str:
     gallery = build_gallery(run, sample)
     losses = plates_by_loss(run)
     environment = Environment(loader=PackageLoader("dinoray.report", "."), autoescape=True,
-                              undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+                              undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_cut)
     environment.filters |= {"n": lambda value: f"{value:,}", "size": plots.size, "duration": plots.duration,
                             "number": plots.number, "ticks": plots.ticks, "percent": lambda value: f"{value:.0%}"}
     template = environment.get_template("report.html.j2")
@@ -76,6 +79,12 @@ def render(run: Run) -> str:
                            plates=view_plates(read_plates(run)), leakage=measure_leakage(run, sample),
                            stages=_stages(run), reasons=quarantine_reasons(run), losses=losses[:PLATES_LISTED],
                            num_losses=len(losses), run=run, tally=run.tally, reading=_reading(run, sample))
+
+
+def _cut(value: Any) -> Any:
+    """Text from files is cut, so that no name can make the page large; what the report itself drew is Markup."""
+    is_foreign = isinstance(value, str) and not isinstance(value, Markup)
+    return f"{value[:TEXT_CHARS]}…" if is_foreign and len(value) > TEXT_CHARS else value
 
 
 def _check_target(out: str, to: str) -> None:

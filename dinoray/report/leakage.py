@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from dinoray.errors import OutputDamaged
 from dinoray.report.layout import is_edge, parse_well, smallest_layout, well_name
+from dinoray.report.pictures import one_line
 from dinoray.report.plates import PLATE_COLUMNS, Key
 from dinoray.report.probe import Probe, evenly_by_class, probe, staggered
 from dinoray.report.run import Part, Run
@@ -130,7 +131,7 @@ def sentence(title: str, probes: Sequence[Probe], channels: Sequence[str]) -> st
     best = max(told, key=lambda i: (probes[i].above_chance, probes[i].strength))
     one = probes[best]
     said = f"{one.score:.2f} where chance is {one.chance:.2f}"
-    said += f" (channel {channels[best]}, of {len(channels)})" if len(channels) > 1 else ""
+    said += f" (channel {one_line(channels[best], 80)}, of {len(channels)})" if len(channels) > 1 else ""
     if not one.above_chance:
         return f"{said}: no {title.split()[0]} effect seen; chance alone gets up to {one.bound:.2f}."
     what = {"plate": "plate effects", "batch": "batch effects", "source": "differences between sources"}.get(

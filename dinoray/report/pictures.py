@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from markupsafe import Markup
 from PIL import Image
 
 from dinoray.errors import DinorayError, ItemError, OutputDamaged
@@ -151,13 +152,13 @@ def as_uint8(values: np.ndarray) -> np.ndarray:
     return np.clip(values * 255 + 0.5, 0, 255).astype(np.uint8)
 
 
-def data_uri(pixels: np.ndarray, *, quality: int = 82) -> str:
+def data_uri(pixels: np.ndarray, *, quality: int = 82) -> Markup:
     """Pixels uint8 [h, w, 3] as a JPEG data URI, without metadata, so equal pixels give equal text."""
     sink = io.BytesIO()
     gray = bool((pixels[..., 0] == pixels[..., 1]).all() and (pixels[..., 1] == pixels[..., 2]).all())
     image = Image.fromarray(np.ascontiguousarray(pixels[..., 0] if gray else pixels))
     image.save(sink, "JPEG", quality=quality, optimize=True, **({} if gray else {"subsampling": 0}))
-    return "data:image/jpeg;base64," + base64.b64encode(sink.getvalue()).decode()
+    return Markup("data:image/jpeg;base64,") + base64.b64encode(sink.getvalue()).decode()
 
 
 def one_line(text: str, limit: int = 300) -> str:

@@ -171,7 +171,7 @@ def draw_plate(plate: PlateData, values: dict[Place, float], layout: Place, low:
             place = row, column
             well, value = plate.wells.get(place), values.get(place, float("nan"))
             if np.isfinite(value):
-                kind, text = f"k{level(value, low, high)}", number(value)
+                kind, text = f"k{level(value, low, high)}", number(value) if titled else ""
             elif well is not None and well.planned:
                 kind, text = "planned", "no rows"
             else:
@@ -179,7 +179,7 @@ def draw_plate(plate: PlateData, values: dict[Place, float], layout: Place, low:
             if well is not None and well.quarantined:
                 crosses.append(f"M{column + .2:g} {row + .2:g}l.5 .5m0-.5l-.5 .5")
                 text += f", {well.quarantined} of {well.planned} quarantined"
-            filled.setdefault(kind, []).append((place, f"{well_name(place)}: {text}"))
+            filled.setdefault(kind, []).append((place, f"{well_name(place)}: {text}" if titled else ""))
     body = Markup("").join(_shapes(kind, wells, titled) for kind, wells in sorted(filled.items()))
     if crosses:
         body += Markup('<path class="cross" d="{}"/>').format("".join(crosses))

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from dinoray.errors import OutputDamaged
 from dinoray.io.items import Item
 from dinoray.report.layout import parse_well
+from dinoray.report.pictures import one_line
 from dinoray.report.quarantine import plates_by_loss
 from dinoray.report.run import Part, Run
 from dinoray.report.sample import evenly
@@ -32,6 +33,8 @@ LOST_MOST, FARTHEST = 4, 5
 """Of the drawn ones: by share quarantined, and by quality; the rest are the most typical."""
 MAX_ROWS = 4_000_000
 """Rows read at most (some 50 bytes each, one file at a time)."""
+NAME_CHARS = 120
+"""Longest name of a plate, which stands beside each of its maps."""
 Place = tuple[int, int]
 Key = tuple[str | None, ...]
 """Source, batch (None where unknown) and plate."""
@@ -252,3 +255,4 @@ def _name(plates: list[PlateData]) -> None:
     for plate in plates:
         if names.count(plate.key[-1]) > 1:
             plate.name = " / ".join(part for part in plate.key if part)
+        plate.name = one_line(plate.name, NAME_CHARS)

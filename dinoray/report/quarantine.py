@@ -38,7 +38,7 @@ TODO = {
 }
 
 
-RETRY = frozenset({"missing", "changed", "empty", "truncated", "decode", "channel_count", "shape", "nan", "constant",
+RETRY = frozenset({"missing", "changed", "empty", "truncated", "decode", "channel_count", "no_scaling", "shape", "nan", "constant",
                    "device_memory", "poison"})
 """Reasons that the same settings can mend, once the files (or the machine) are in order."""
 

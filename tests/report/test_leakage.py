@@ -75,12 +75,12 @@ def test_a_batch_effect_is_seen_on_plates_that_were_not_fitted_on() -> None:
 
 def test_chance_is_seldom_exceeded() -> None:
     alarms = Counter()
-    for seed in range(30):
-        for title, one in scores(measure({"DNA": images(seed, sites=3)})).items():
+    for seed in range(20):
+        for title, one in scores(measure({"DNA": images(seed)})).items():
             alarms[title] += one.above_chance
             if not one.problem:
                 assert one.chance < one.bound < 1 and 0 <= one.score <= 1
-    assert sum(alarms.values()) <= 6 and max(alarms.values()) <= 3, alarms  # of 30 for each question
+    assert sum(alarms.values()) <= 5 and max(alarms.values()) <= 3, alarms  # of 20 for each question
 
 
 def test_sites_of_a_well_never_straddle() -> None:

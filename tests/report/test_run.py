@@ -218,3 +218,11 @@ def test_coarse_units_idle_workers_and_retries() -> None:
         tiny.add(Receipt(str(number), number, "f", items=2, seconds={"wall": 0.1}, worker={"host": "h", "pid": 1}))
     assert "--unit-items 256" in verdict(tiny, {"unit_items": 2}, device="cpu").change
     assert "--unit-items" not in verdict(tiny, {"unit_items": 256}, device="cpu").change
+
+
+def test_no_name_makes_the_page_large(tmp_path: Path) -> None:
+    long = "n" * 300_000
+    items = [item(f"{long}{i}", long, f"A0{i}", Batch=long) for i in range(1, 5)]
+    write_units(tmp_path, items, channels=(long, f"{long}2"), bad={items[0].item_id: "decode"},
+                values=lambda one, channel, number: {name: float(one.item_id[-1]) for name in ("p50", "focus", "p999")})
+    assert len(Path(write_report(str(tmp_path))).read_bytes()) < 2_000_000
