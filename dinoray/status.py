@@ -1,10 +1,10 @@
-"""`status`: what the ledger says of a run, finished or not."""
+"""`status`: what the ledgers say of a run, finished or not."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dinoray.ledger import Tally
+from dinoray.generations import Generation, generations, total_tally
 from dinoray.verification import open_run
 
 STAGES = ("read", "decode", "prepare", "compute", "write")
@@ -12,24 +12,37 @@ STAGES = ("read", "decode", "prepare", "compute", "write")
 
 
 def status_lines(out: str) -> Iterator[str]:
-    """Lines for a person: progress, quarantine by reason, stages, whether it was verified."""
-    store, plan, ledger = open_run(out)
-    done = ledger.done()
-    tally = Tally()
-    for receipt in ledger.receipts([u for u in plan.unit_ids if u in done]):
-        tally.add(receipt)
-    yield f"{plan.facts['fingerprint']}  {out}"
-    yield f"units   {tally.units} of {len(plan)} done, {len(plan) - tally.units} pending"
-    yield f"images  {tally.items} of {plan.num_items} done, {tally.rows} rows, {tally.quarantined} quarantined"
+    """Lines for a person: progress, quarantine by reason, stages, whether it was verified.
+
+    An output with `retry` or `extend` has a line for each generation; the totals count what a retry settled
+    once. Raises BadRequest when `out` holds no planned run, OutputDamaged for records that cannot be read.
+    """
+    store, _, _ = open_run(out)
+    parts = generations(store)
+    tally = total_tally(parts)
+    units = sum(len(part.plan) for part in parts)
+    items = sum(part.plan.num_items for part in parts if part.kind != "retry")
+    yield f"{parts[0].plan.facts['fingerprint']}  {out}"
+    yield f"units   {tally.units} of {units} done, {units - tally.units} pending"
+    yield f"images  {tally.items} of {items} done, {tally.rows} rows, {tally.quarantined} quarantined"
     for reason, count in sorted(tally.reasons.items(), key=lambda pair: -pair[1]):
         yield f"        {count:>8}  {reason}"
-    repeated = {unit: n for unit, n in ledger.attempts().items() if n > 1}
+    if len(parts) > 1:
+        yield from (_generation_line(part) for part in parts)
+    repeated = [count for part in parts for count in part.ledger.attempts().values() if count > 1]
     if repeated:
-        yield f"units started more than once: {len(repeated)} (most often {max(repeated.values())} times)"
+        yield f"units started more than once: {len(repeated)} (most often {max(repeated)} times)"
     if tally.units:
         yield "stage seconds, summed over threads: " + ", ".join(f"{s} {tally.seconds.get(s, 0):.1f}" for s in STAGES)
         yield f"read {tally.bytes_read:,} bytes, wrote {tally.bytes_written:,} bytes, largest process {tally.rss_peak:,} bytes"
         yield "computed on " + ", ".join(f"{kind} ({n} units)" for kind, n in sorted(tally.device_kinds.items()))
     if tally.degraded_units:
         yield f"{tally.degraded_units} units have degraded numerics (see docs/reliability.md)"
-    yield "verified: yes (_SUCCESS)" if tally.units == len(plan) and store.exists("_SUCCESS") else "verified: not yet"
+    yield "verified: yes (_SUCCESS)" if tally.units == units and store.exists("_SUCCESS") else "verified: not yet"
+
+
+def _generation_line(part: Generation) -> str:
+    """`generation 1 (retry): 2 of 2 units done, 5 images planned`."""
+    done = part.ledger.done()
+    count = sum(unit in done for unit in part.plan.unit_ids)
+    return f"generation {part.number} ({part.kind}): {count} of {len(part.plan)} units done, {part.plan.num_items} images planned"

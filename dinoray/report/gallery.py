@@ -11,7 +11,7 @@ import numpy as np
 from dinoray.errors import OutputDamaged
 from dinoray.io.items import Item
 from dinoray.report.neighbours import Neighbours, item_vectors, nearest
-from dinoray.report.pca import MAX_TILES, Basis, DenseReader, draw_map, fit_basis
+from dinoray.report.pca import MAX_TILES, Basis, DenseReader, draw_map, fit_bases
 from dinoray.report.pictures import (
     COLOUR_NAMES,
     Picture,
@@ -24,7 +24,8 @@ from dinoray.report.pictures import (
     thumbnail_size,
 )
 from dinoray.report.plots import number
-from dinoray.report.sample import Run, Sample, SampledItem, evenly
+from dinoray.report.run import Run
+from dinoray.report.sample import Sample, SampledItem, evenly
 
 CARDS = 24
 CARD_ROWS = 44
@@ -47,6 +48,8 @@ class CardRow:
     image: str = ""
     map: str = ""
     tiles: int = 0
+    kind: str = "tiles"
+    """What the rows are: tiles or objects."""
     note: str = ""
 
 
@@ -88,7 +91,8 @@ class Gallery:
     """All pictures of the page."""
 
     cards: list[Card] = field(default_factory=list)
-    basis: Basis | None = None
+    bases: dict[str, Basis] = field(default_factory=dict)
+    """Of the feature maps, by channel; empty without patch grids."""
     neighbours: list[list[Thumb]] = field(default_factory=list)
     compared: int = 0
     """Items that took part in the search."""
@@ -109,11 +113,14 @@ def build_gallery(run: Run, sample: Sample) -> Gallery:
     groups = item_vectors(sample)
     pairs = nearest(groups, queries=QUERIES, count=FOUND)
     others = [sample.items[i] for one in pairs for i in (one.query, *(i for i, _ in one.found))]
-    pictures = read_pictures(planned_items(run, [*shown, *others]), run.store, run.settings, side=SIDE)
+    pictures = read_pictures(planned_items(run, [*shown, *others]), run, side=SIDE)
     draw_composites(list(pictures.values()))
     reader = DenseReader(run.store.url)
-    gallery = Gallery(basis=fit_basis(sample, reader))
-    gallery.cards = [_card(item, sample, pictures[item.item_id], gallery.basis, reader) for item in shown]
+    names = sample.table["channel"].to_pylist()
+    wanted = dict.fromkeys(channel for item in shown
+                           for channel in list(dict.fromkeys(names[item.start:item.stop]))[:CHANNELS_PER_CARD])
+    gallery = Gallery(bases=fit_bases(sample, reader, list(wanted)))
+    gallery.cards = [_card(item, sample, pictures[item.item_id], gallery.bases, reader) for item in shown]
     gallery.neighbours = [_thumbs(one, sample, pictures) for one in pairs]
     gallery.compared = sum(len(group.positions) for group in groups)
     gallery.groups = len(groups)
@@ -127,17 +134,19 @@ def build_gallery(run: Run, sample: Sample) -> Gallery:
 
 def planned_items(run: Run, wanted: Iterable[SampledItem]) -> list[Item]:
     """The plan's items (files, group, channels) of sampled items, each once, by unit."""
-    by_unit: dict[int, dict[str, None]] = {}
+    by_unit: dict[tuple[int, int], dict[str, None]] = {}
     for item in wanted:
-        by_unit.setdefault(item.unit, {})[item.item_id] = None
+        by_unit.setdefault((item.part.generation, item.part.number), {})[item.item_id] = None
     found: list[Item] = []
-    for number_ in sorted(by_unit):
-        items = {item.item_id: item for item in run.plan.unit(number_).items if item.item_id in by_unit[number_]}
-        absent = [item_id for item_id in by_unit[number_] if item_id not in items]
+    for generation, number_ in sorted(by_unit):
+        ids = by_unit[generation, number_]
+        unit = run.generations[generation].plan.unit(number_)
+        items = {item.item_id: item for item in unit.items if item.item_id in ids}
+        absent = [item_id for item_id in ids if item_id not in items]
         if absent:
             raise OutputDamaged(f"rows of {absent[0]!r}, which is not in the plan's unit {number_}",
                                 where=run.store.url, todo="see `dinoray verify --deep`")
-        found += [items[item_id] for item_id in by_unit[number_]]
+        found += [items[item_id] for item_id in ids]
     return found
 
 
@@ -149,25 +158,26 @@ def _num_cards(sample: Sample) -> int:
     return int(min(CARDS, max(4, CARD_ROWS // min(typical, CHANNELS_PER_CARD))))
 
 
-def _card(item: SampledItem, sample: Sample, picture: Picture, basis: Basis | None, reader: DenseReader) -> Card:
+def _card(item: SampledItem, sample: Sample, picture: Picture, bases: dict[str, Basis], reader: DenseReader) -> Card:
     table = sample.table.slice(item.start, item.stop - item.start)
     height, width = table["height"][0].as_py(), table["width"][0].as_py()
     channels = list(dict.fromkeys(table["channel"].to_pylist()))
     names = np.array(table["channel"].to_pylist(), dtype=object)
+    kind = "objects" if "object_id" in table.column_names else "tiles"
     rows = []
     for channel in channels[:CHANNELS_PER_CARD]:
         mine = np.flatnonzero(names == channel)
-        row = CardRow(channel, tiles=len(mine))
+        row = CardRow(channel, tiles=len(mine), kind=kind)
         if channel in picture.channels:
             row.image = data_uri(picture.channels[channel])
-        if basis is not None:
+        if channel in bases:
             if len(mine) > MAX_TILES:
-                row.note = f"map: the first {MAX_TILES} of {len(mine)} tiles"
+                row.note = f"map: the first {MAX_TILES} of {len(mine)} {kind}"
                 mine = mine[:MAX_TILES]
             part = table.take(mine)
             boxes = np.stack([part[name].to_numpy() for name in ("y0", "x0", "y1", "x1")], axis=1)
             grids = reader.grids(part[sample.dense_column].to_pylist(), part[sample.index_column].to_pylist())
-            drawn = draw_map(basis, grids, boxes, frame=(height, width), size=thumbnail_size(height, width, SIDE))
+            drawn = draw_map(bases[channel], grids, boxes, frame=(height, width), size=thumbnail_size(height, width, SIDE))
             row.map = data_uri(as_uint8(drawn), quality=88)
         rows.append(row)
     metadata = {name.removeprefix("Metadata_"): table[name][0].as_py() for name in table.column_names

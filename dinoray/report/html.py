@@ -9,24 +9,37 @@ from __future__ import annotations
 
 import contextlib
 import os
+import posixpath
 import tempfile
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
-from dinoray.errors import BadRequest
+from dinoray.errors import BadRequest, OutputDamaged
 from dinoray.io.stores import filesystem, is_local, local_path
 from dinoray.report import plots
 from dinoray.report.gallery import Gallery, build_gallery
-from dinoray.report.quarantine import quarantine_reasons
-from dinoray.report.sample import Run, Sample, open_for_report, read_sample
+from dinoray.report.leakage import measure_leakage
+from dinoray.report.platemaps import view_plates
+from dinoray.report.plates import read_plates
+from dinoray.report.quarantine import plates_by_loss, quarantine_reasons
+from dinoray.report.run import Run, open_for_report
+from dinoray.report.sample import Sample, read_sample
 from dinoray.report.stages import LOOP, StageTotals, verdict
+from dinoray.verification import DATA_FOLDERS
 
 HISTOGRAM_CHANNELS = 8
 WORKERS_SHOWN = 12
+PLATES_LISTED = 12
+TEXT_CHARS = 5000
+"""Longest text of a name or a message."""
+COMMAND_CHARS = 4000
+"""Longer commands (thousands of sources) are cut; job.json has them whole."""
+_GUARDED = (*DATA_FOLDERS, "_dinoray", "_SUCCESS")
+"""Parts of an output that a page must not be written into: `verify` would find it, or miss what it replaced."""
 _QC = (("p50", "median intensity"), ("focus", "focus (sharpness)"), ("frac_saturated", "saturated share"))
 _STAGES = (("read", "Read", "files from storage", "decode"), ("decode", "Decode", "bytes to pixels", "decode"),
            ("prepare", "Prepare", "check, cut tiles, measure quality", "decode"),
@@ -40,8 +53,10 @@ def write_report(out: str, to: str | None = None) -> str:
 
     `to` is the file to write, default `OUT/report.html`. Inputs are read again for thumbnails; those that
     cannot be read get a placeholder. Raises BadRequest when `out` holds no run or `to` cannot be written,
-    OutputDamaged when files that the receipts name are missing or unreadable.
+    OutputDamaged when files that the receipts name, or the records of the run, are missing or unreadable.
     """
+    if to is not None:
+        _check_target(out, to)
     run = open_for_report(out)
     page = render(run).encode("utf-8", "replace")
     if to is None:
@@ -54,16 +69,49 @@ def render(run: Run) -> str:
     """The page's text."""
     sample = read_sample(run)
     gallery = build_gallery(run, sample)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    losses = plates_by_loss(run)
+    environment = Environment(loader=PackageLoader("dinoray.report", "."), autoescape=True,
+                              undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_cut)
     environment.filters |= {"n": lambda value: f"{value:,}", "size": plots.size, "duration": plots.duration,
                             "number": plots.number, "ticks": plots.ticks, "percent": lambda value: f"{value:.0%}"}
-    template = environment.from_string(files("dinoray.report").joinpath("report.html.j2").read_text("utf-8"))
+    template = environment.get_template("report.html.j2")
     return template.render(head=_head(run, gallery), sample=sample, gallery=gallery, qc=_quality(sample),
-                           stages=_stages(run), reasons=quarantine_reasons(run), run=run, tally=run.tally,
-                           reading=_reading(run, sample))
+                           plates=view_plates(read_plates(run)), leakage=measure_leakage(run, sample),
+                           stages=_stages(run), reasons=quarantine_reasons(run), losses=losses[:PLATES_LISTED],
+                           num_losses=len(losses), run=run, tally=run.tally, reading=_reading(run, sample))
+
+
+def _cut(value: Any) -> Any:
+    """Text from files is cut, so that no name can make the page large; what the report itself drew is Markup."""
+    is_foreign = isinstance(value, str) and not isinstance(value, Markup)
+    return f"{value[:TEXT_CHARS]}…" if is_foreign and len(value) > TEXT_CHARS else value
+
+
+def _check_target(out: str, to: str) -> None:
+    """Raises BadRequest for a target among the data or records of the output."""
+    if is_local(out) != is_local(to):
+        return
+    if is_local(out):
+        base, target = Path(os.path.realpath(local_path(out))), Path(os.path.realpath(local_path(to)))
+        inside = target.relative_to(base).parts if target.is_relative_to(base) else ()
+    else:
+        base_url, url = (posixpath.normpath(text.split("://", 1)[-1]) for text in (out, to))
+        inside = tuple(url.removeprefix(base_url + "/").split("/")) if url.startswith(base_url + "/") else ()
+    if inside and inside[0] in _GUARDED:
+        raise BadRequest("the report would stand among the data or records of the run", where=to,
+                         todo="leave --to out (OUT/report.html), or give another place")
 
 
 def _head(run: Run, gallery: Gallery) -> dict[str, Any]:
+    """What ran. Raises OutputDamaged when the records lack what every run's have."""
+    try:
+        return _facts(run, gallery)
+    except (KeyError, TypeError) as error:
+        raise OutputDamaged(f"the records of the run lack {error}", where=f"{run.store.url}/_dinoray",
+                            todo="restore job.json and plan/ from a copy") from error
+
+
+def _facts(run: Run, gallery: Gallery) -> dict[str, Any]:
     described, settings, numerics = run.plan.facts["described"], run.settings, run.plan.facts["numerics"]
     normalisation = described["normalisation"]
     mean, std = (", ".join(f"{v:g}" for v in normalisation[key]) for key in ("mean", "std"))
@@ -76,21 +124,26 @@ def _head(run: Run, gallery: Gallery) -> dict[str, Any]:
     layers = f"layers {', '.join(str(v) for v in settings['layers'])}" if settings["layers"] else "last layer"
     kinds = sorted(run.tally.device_kinds.items())
     used = ", ".join(f"{kind} ({count:,} units)" if len(kinds) > 1 else kind for kind, count in kinds)
-    tile = settings["tile_px"]
+    command = run.job["command"]
+    if len(command) > COMMAND_CHARS:
+        command = f"{command[:COMMAND_CHARS]}… (all of it is in _dinoray/job.json)"
+    tile = settings.get("tile_px", 256)
     tiling = {"auto": f"tiles of {tile} px where a side exceeds {2 * tile} px, else whole images",
               "tiles": f"tiles of {tile} px", "native": "whole images",
-              "resize": f"resized to {settings['resize_px']} px"}
+              "resize": f"resized to {settings.get('resize_px')} px"}
     return {
         "model": described["model"], "weights": weights["source"], "digest": weights["digest"],
         "random": weights["source"].startswith("random"), "fingerprint": described["fingerprint"],
-        "sources": run.job["job"]["sources"], "out": run.store.url, "num_units": len(run.plan),
-        "num_items": run.plan.num_items, "complete": run.tally.units == len(run.plan),
+        "sources": run.job["job"]["sources"], "out": run.store.url, "num_units": run.num_units,
+        "num_items": run.num_items, "complete": run.tally.units == run.num_units,
+        "later": [f"{g.kind} {g.number}: {g.plan.num_items:,} images" for g in run.generations[1:]],
         "precision": described["precision"], "device": used or numerics["device_kind"],
         "normalisation": f"{rule + ': ' if rule else ''}mean {mean}; std {std}",
         "features": f"{', '.join(settings['features'])} of the {layers}; {settings['vector_dtype']} vectors",
         "scaling": f"{scaling[settings['scaling']]}; 8-bit RGB is divided by 255",
-        "contrast": settings["contrast"], "tiles": tiling[settings["size"]], "channels": settings["channels"],
-        "has_maps": gallery.basis is not None, "command": run.job["command"],
+        "contrast": settings.get("contrast", "none"), "tiles": tiling.get(settings.get("size", ""), "one crop per object"),
+        "channels": settings["channels"],
+        "has_maps": bool(gallery.bases), "command": command,
     }
 
 

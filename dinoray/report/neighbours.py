@@ -36,25 +36,24 @@ class ItemVectors:
 
 
 def item_vectors(sample: Sample) -> list[ItemVectors]:
-    """Mean vectors over tiles, grouped by channels; items with one channel form one group, whatever its name.
+    """Mean vectors over tiles or objects, grouped by channels; items with one channel form one group, whatever its name.
 
     Groups come in order of their first item. A group above `MAX_VALUES` is thinned evenly.
     """
     if sample.vectors is None:
         return []
     channels = sample.table["channel"].to_pylist()
-    groups: dict[tuple[str, ...], list[tuple[int, list[tuple[int, int]]]]] = {}
+    groups: dict[tuple[str, ...], list[tuple[int, list[list[int]]]]] = {}
     for position, item in enumerate(sample.items):
-        names = channels[item.start:item.stop]
-        cuts = [0, *(i for i in range(1, len(names)) if names[i] != names[i - 1]), len(names)]
-        spans = [(item.start + a, item.start + b) for a, b in zip(cuts, cuts[1:], strict=False)]
-        key = tuple(channels[a] for a, _ in spans)
-        groups.setdefault(key if len(key) > 1 else (), []).append((position, spans))
+        rows: dict[str, list[int]] = {}
+        for row in range(item.start, item.stop):
+            rows.setdefault(channels[row], []).append(row)
+        groups.setdefault(tuple(rows) if len(rows) > 1 else (), []).append((position, list(rows.values())))
     found = []
     for key, members in groups.items():
         width = max(1, len(key)) * sample.vectors.shape[1]
         members = [members[i] for i in evenly(len(members), max(1, MAX_VALUES // width))]
-        vectors = np.stack([[sample.vectors[a:b].mean(axis=0) for a, b in spans] for _, spans in members])
+        vectors = np.stack([[sample.vectors[mine].mean(axis=0) for mine in rows] for _, rows in members])
         found.append(ItemVectors(np.array([position for position, _ in members]), vectors))
     return found
 

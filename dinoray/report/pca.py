@@ -1,6 +1,6 @@
-"""Patch tokens as colours: one PCA basis for the whole run, so that a colour means the same in every image.
+"""Patch tokens as colours: one PCA basis per channel, so that a colour means the same in every image of a channel.
 
-The basis is fitted once on a deterministic sample of tokens of the run, with fixed signs and one robust scale
+A basis is fitted once on a deterministic sample of tokens of the run, with fixed signs and one robust scale
 per component. A map draws the tiles of one (item, channel) into the image frame, overlaps averaged.
 """
 
@@ -19,7 +19,9 @@ from dinoray.io.stores import is_local, local_path, safe_join
 from dinoray.report.sample import Sample, evenly
 
 MAX_GRIDS = 192
-"""Patch grids that the basis is fitted on."""
+"""Patch grids that the bases of all channels together are fitted on."""
+MIN_GRIDS = 8
+"""But each on so many, where there are."""
 MAX_TOKENS = 16_384
 MAX_TILES = 1024
 """Tiles drawn into one map; an image with more is drawn in part."""
@@ -80,11 +82,18 @@ class Basis:
         return np.clip((values - self.low) / (self.high - self.low), 0.0, 1.0)
 
 
-def fit_basis(sample: Sample, reader: DenseReader) -> Basis | None:
-    """Fit the run's basis on tokens of rows spread evenly over the sample; None without patch grids."""
+def fit_bases(sample: Sample, reader: DenseReader, channels: Sequence[str]) -> dict[str, Basis]:
+    """Fit a basis for each of these channels; empty without patch grids."""
     if sample.dense_column is None or not sample.table.num_rows:
-        return None
-    rows = evenly(sample.table.num_rows, MAX_GRIDS)
+        return {}
+    names = np.array(sample.table["channel"].to_pylist(), dtype=object)
+    share = max(MIN_GRIDS, MAX_GRIDS // max(1, len(channels)))
+    return {channel: _fit(sample, reader, np.flatnonzero(names == channel), share) for channel in channels}
+
+
+def _fit(sample: Sample, reader: DenseReader, mine: np.ndarray, max_grids: int) -> Basis:
+    """The basis of tokens of rows spread evenly over `mine`."""
+    rows = mine[evenly(len(mine), max_grids)]
     part = sample.table.take(rows)
     per_grid = max(1, MAX_TOKENS // len(rows))
     tokens = []

@@ -16,13 +16,15 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
+from markupsafe import Markup
 from PIL import Image
 
 from dinoray.errors import DinorayError, ItemError, OutputDamaged
 from dinoray.io.images import DecodedImage, Limits, load_item
 from dinoray.io.items import Item
-from dinoray.io.stores import Store
+from dinoray.report.run import Run
 from dinoray.vision import intensity
 
 LIMITS = Limits(max_pixels=2**26, max_bytes=2**30, max_file_bytes=2**30)
@@ -49,32 +51,39 @@ class Picture:
     """Why there are no pixels, in one line."""
 
 
-def read_pictures(items: Iterable[Item], store: Store, settings: dict[str, Any], *, side: int) -> dict[str, Picture]:
-    """The pictures of `items` by item id, longest side `side` px. `settings`: the run's result settings."""
-    scaling = read_scaling(store) if settings["scaling"] == "plate" else None
+def read_pictures(items: Iterable[Item], run: Run, *, side: int) -> dict[str, Picture]:
+    """The pictures of `items` by item id, longest side `side` px."""
+    scaling = read_scaling(run) if run.settings["scaling"] == "plate" else None
     with ThreadPoolExecutor(READERS) as pool:
-        found = pool.map(lambda item: read_picture(item, settings, scaling, side=side), items)
+        found = pool.map(lambda item: read_picture(item, run.settings, scaling, side=side), items)
         return {picture.item.item_id: picture for picture in found}
 
 
-def read_scaling(store: Store) -> intensity.Scaling:
-    """The run's stored scaling: group -> channel -> (low, high). Raises OutputDamaged when it is missing."""
-    key = "_dinoray/plan/scaling.parquet"
-    try:
-        table = pq.read_table(io.BytesIO(store.get(key)))
-    except FileNotFoundError as error:
-        raise OutputDamaged("the intensity scaling of the run is missing", where=f"{store.url}/{key}",
-                            todo="restore the folder _dinoray from a copy") from error
+def read_scaling(run: Run) -> intensity.Scaling:
+    """The run's stored scaling: group -> channel -> (low, high); later generations add groups and channels.
+
+    Raises OutputDamaged when that of the first plan is missing, or one cannot be read.
+    """
     scaling: intensity.Scaling = {}
-    for row in table.to_pylist():
-        scaling.setdefault(row["group"], {})[row["channel"]] = (row["low"], row["high"])
+    for part in run.generations:
+        key = f"{part.prefix}/plan/scaling.parquet"
+        if part.number and not run.store.exists(key):
+            continue  # it shares the first plan's
+        try:
+            rows = pq.read_table(io.BytesIO(run.store.get(key))).to_pylist()
+            for row in rows:
+                scaling.setdefault(row["group"], {}).setdefault(row["channel"], (row["low"], row["high"]))
+        except (OSError, pa.ArrowException, KeyError) as error:
+            raise OutputDamaged(f"the intensity scaling of the run is missing or cannot be read: {error!r}",
+                                where=f"{run.store.url}/{key}",
+                                todo="restore the folder _dinoray from a copy") from error
     return scaling
 
 
 def read_picture(item: Item, settings: dict[str, Any], scaling: intensity.Scaling | None, *, side: int) -> Picture:
     """Read one input again; every error of the input or its storage ends in `problem`."""
     try:
-        image = load_item(item, LIMITS, z_projection=settings["z_projection"]).image
+        image = load_item(item, LIMITS, z_projection=settings.get("z_projection", "refuse")).image
         return _draw(item, image, settings, scaling, side)
     except DinorayError as error:
         reason = f"{error.reason}: " if isinstance(error, ItemError) else ""
@@ -143,13 +152,13 @@ def as_uint8(values: np.ndarray) -> np.ndarray:
     return np.clip(values * 255 + 0.5, 0, 255).astype(np.uint8)
 
 
-def data_uri(pixels: np.ndarray, *, quality: int = 82) -> str:
+def data_uri(pixels: np.ndarray, *, quality: int = 82) -> Markup:
     """Pixels uint8 [h, w, 3] as a JPEG data URI, without metadata, so equal pixels give equal text."""
     sink = io.BytesIO()
     gray = bool((pixels[..., 0] == pixels[..., 1]).all() and (pixels[..., 1] == pixels[..., 2]).all())
     image = Image.fromarray(np.ascontiguousarray(pixels[..., 0] if gray else pixels))
     image.save(sink, "JPEG", quality=quality, optimize=True, **({} if gray else {"subsampling": 0}))
-    return "data:image/jpeg;base64," + base64.b64encode(sink.getvalue()).decode()
+    return Markup("data:image/jpeg;base64,") + base64.b64encode(sink.getvalue()).decode()
 
 
 def one_line(text: str, limit: int = 300) -> str:

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import io
+import shlex
 from dataclasses import dataclass, field
 
-import pyarrow.parquet as pq
-
-from dinoray.errors import OutputDamaged
 from dinoray.report.pictures import one_line
-from dinoray.report.sample import Run
+from dinoray.report.run import Run
 
 EXAMPLES = 5
 """Items shown per reason."""
-MAX_TABLES = 200
-"""Quarantine tables read at most while looking for examples."""
 
 TODO = {
     "missing": "The file is not there. Restore it, or take it off the manifest.",
-    "changed": "The file was replaced after it was listed. Use a new `--out` for the new files.",
+    "changed": "The file was replaced after it was listed: retry takes it as it is now.",
     "empty": "0 bytes: copy or export the file again.",
     "truncated": "The file ends early, usually an interrupted copy: copy it again.",
     "decode": "The file is damaged, or its writer is unusual: open it elsewhere, export it again.",
@@ -43,6 +38,11 @@ TODO = {
 }
 
 
+RETRY = frozenset({"missing", "changed", "empty", "truncated", "decode", "channel_count", "no_scaling", "shape", "nan", "constant",
+                   "device_memory", "poison"})
+"""Reasons that the same settings can mend, once the files (or the machine) are in order."""
+
+
 @dataclass
 class Reason:
     """One reason: how many inputs, what to do, and the first ones as (item id, message)."""
@@ -50,28 +50,42 @@ class Reason:
     name: str
     count: int
     todo: str
+    retry: str = ""
+    """The command that tries these inputs again after they were mended; empty where other settings are needed."""
     examples: list[tuple[str, str]] = field(default_factory=list)
 
 
-def quarantine_reasons(run: Run) -> list[Reason]:
-    """All reasons, most frequent first, with the first items in plan order.
+@dataclass(frozen=True, slots=True)
+class PlateLoss:
+    """What a plate lost: planned inputs of its finished units, quarantined ones, and their share."""
 
-    Raises OutputDamaged when a quarantine table that a receipt names is missing.
-    """
-    counts = sorted(run.tally.reasons.items(), key=lambda pair: (-pair[1], pair[0]))
-    reasons = {name: Reason(name, count, TODO.get(name, "See the message.")) for name, count in counts}
-    wanted = {name: min(EXAMPLES, reason.count) for name, reason in reasons.items()}
-    for unit in run.with_quarantine[:MAX_TABLES]:
-        if all(len(reasons[name].examples) >= count for name, count in wanted.items()):
-            break
-        key = f"{run.ledger.prefix}/quarantine/{unit}.parquet"
-        try:
-            table = pq.read_table(io.BytesIO(run.store.get(key)))
-        except FileNotFoundError as error:
-            raise OutputDamaged("a quarantine table is missing", where=f"{run.store.url}/{key}",
-                                todo="see `dinoray verify`") from error
-        for row in table.to_pylist():
-            reason = reasons.get(row["reason"])
-            if reason is not None and len(reason.examples) < EXAMPLES:
-                reason.examples.append((row["item_id"], one_line(row["message"])))
-    return list(reasons.values())
+    plate: str
+    items: int
+    quarantined: int
+
+    @property
+    def share(self) -> float:
+        """Quarantined inputs as a share of all."""
+        return self.quarantined / max(1, self.items)
+
+
+def quarantine_reasons(run: Run) -> list[Reason]:
+    """What is quarantined by the latest receipts, by reason, most frequent first, with the first items in plan
+    order. Raises OutputDamaged when a quarantine table that a receipt names is missing."""
+    out, reasons = shlex.quote(run.store.url), {}
+    for row in run.quarantined.to_pylist():
+        name = row["reason"]
+        reason = reasons.get(name)
+        if reason is None:
+            retry = f"dinoray retry {out} --reason {shlex.quote(name)}" if name in RETRY else ""
+            reason = reasons[name] = Reason(name, 0, TODO.get(name, "See the message."), retry)
+        reason.count += 1
+        if len(reason.examples) < EXAMPLES:
+            reason.examples.append((row["item_id"], one_line(row["message"])))
+    return sorted(reasons.values(), key=lambda reason: (-reason.count, reason.name))
+
+
+def plates_by_loss(run: Run) -> list[PlateLoss]:
+    """The plates with quarantined inputs, the largest share first."""
+    found = [PlateLoss(name, items, bad) for name, (items, bad) in run.tally.plates.items() if name and bad > 0]
+    return sorted(found, key=lambda loss: (-loss.share, loss.plate))

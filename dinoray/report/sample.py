@@ -1,4 +1,4 @@
-"""What the report reads of a run: every receipt once, and a bounded, deterministic sample of the rows.
+"""A bounded, deterministic sample of the rows of a run.
 
 A run of at most `MAX_ROWS` rows is read whole. Of a larger one, `MAX_UNITS` units spread evenly over the plan
 give their first items, whole items only (an item with more tiles than a unit's share is cut). One sample
@@ -7,22 +7,16 @@ serves pictures, maps, neighbours and histograms, so the pictures of the page be
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dinoray.errors import BadRequest, OutputDamaged
-from dinoray.io.stores import Store
-from dinoray.ledger import Ledger, Tally
-from dinoray.report.stages import StageTotals
-from dinoray.units import Plan
-from dinoray.verification import open_run
+from dinoray.errors import OutputDamaged
+from dinoray.report.run import Part, Run
 
 MAX_ROWS = 20_000
 """Rows whose vectors are read."""
@@ -32,72 +26,11 @@ _BATCH_ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """One Parquet file of features: the number of its unit, its key, its rows."""
-
-    number: int
-    key: str
-    rows: int
-
-
-@dataclass
-class Run:
-    """A run opened for its report."""
-
-    store: Store
-    plan: Plan
-    ledger: Ledger
-    job: dict[str, Any]
-    """Content of `_dinoray/job.json`."""
-    tally: Tally = field(default_factory=Tally)
-    stages: StageTotals = field(default_factory=StageTotals)
-    parts: list[Part] = field(default_factory=list)
-    with_quarantine: list[str] = field(default_factory=list)
-    """Ids of the units with quarantined items, in plan order."""
-    row_items: int = 0
-    verified: bool = False
-    restarted_units: int = 0
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The settings that changed results."""
-        return self.job["identity"]["settings"]
-
-
-def open_for_report(out: str) -> Run:
-    """Read the job, the plan's index and all receipts of `out` (finished or not).
-
-    Memory: one small record per unit. Raises BadRequest when `out` holds no planned run of images,
-    OutputDamaged for records that are missing or cannot be read.
-    """
-    store, plan, ledger = open_run(out)
-    try:
-        job = json.loads(store.get("_dinoray/job.json"))
-    except FileNotFoundError as error:
-        raise OutputDamaged("the record of the job is missing", where=f"{store.url}/_dinoray/job.json",
-                            todo="restore the folder _dinoray from a copy") from error
-    if "features" not in job["identity"]["settings"]:
-        raise BadRequest("there is no report for this kind of run yet", where=out, todo="see `dinoray status`")
-    run = Run(store, plan, ledger, job, verified=store.exists("_SUCCESS"))
-    done = ledger.done()
-    for receipt in ledger.receipts([unit for unit in plan.unit_ids if unit in done]):
-        run.tally.add(receipt)
-        run.stages.add(receipt)
-        run.row_items += receipt.row_items
-        if receipt.quarantined:
-            run.with_quarantine.append(receipt.unit)
-        run.parts += [Part(receipt.number, stored.key, receipt.rows) for stored in receipt.objects
-                      if stored.key.startswith("features/") and receipt.rows]
-    run.restarted_units = sum(count > 1 for count in ledger.attempts().values())
-    return run
-
-
-@dataclass(frozen=True, slots=True)
 class SampledItem:
-    """One item of the sample: its unit and its rows [start, stop) in the sample's table."""
+    """One item of the sample: its file and its rows [start, stop) in the sample's table."""
 
     item_id: str
-    unit: int
+    part: Part
     start: int
     stop: int
 
@@ -153,7 +86,7 @@ def read_sample(run: Run, *, max_rows: int = MAX_ROWS, max_units: int = MAX_UNIT
             vectors.append(matrix)
         ids = table["item_id"].to_pylist()
         cuts = [0, *(i for i in range(1, len(ids)) if ids[i] != ids[i - 1]), len(ids)]
-        items += [SampledItem(ids[a], part.number, start + a, start + b) for a, b in zip(cuts, cuts[1:], strict=False)
+        items += [SampledItem(ids[a], part, start + a, start + b) for a, b in zip(cuts, cuts[1:], strict=False)
                   if b > a]
         start += len(ids)
     empty = pa.table({"channel": pa.array([], pa.string())})

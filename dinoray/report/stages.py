@@ -16,7 +16,7 @@ from typing import Any
 
 from dinoray.ledger import Receipt
 
-DECODE, COMPUTE, WRITE, LOOP = "decode", "compute", "write", "loop"
+DECODE, COMPUTE, WRITE, LOOP, UNITS = "decode", "compute", "write", "loop", "units"
 _WORK = ("read", "decode", "prepare", "compute", "write")
 _WAITS = ("wait_decode", "wait_compute", "wait_write")
 _CLOSE = 0.75
@@ -24,6 +24,12 @@ _CLOSE = 0.75
 _ENOUGH_S = 1.0
 """Below this many seconds of work in all, a verdict would be noise."""
 MAX_THREADS = 64
+_IDLE, _IDLE_FROM_S = 0.25, 60.0
+"""Workers without a unit for this share of the longest one's time, in a run of so many seconds, are worth a change."""
+UNITS_PER_WORKER = 8
+"""Units that each worker should get, so that the last ones do not leave others idle."""
+_SHORT_UNIT_S, _SMALL_UNIT = 2.0, 64
+"""Below both (seconds, images) a unit's fixed costs show."""
 
 
 @dataclass
@@ -68,6 +74,10 @@ class StageTotals:
     device_peak: int = 0
     dense_bytes: int = 0
     table_bytes: int = 0
+    retries: dict[str, int] = field(default_factory=dict)
+    """Storage requests that were tried again, by what was the matter."""
+    isolated: int = 0
+    """Units that were done item by item in a child process, because their process had died on them."""
 
     def add(self, receipt: Receipt) -> None:
         """Count one receipt."""
@@ -82,10 +92,19 @@ class StageTotals:
         for stored in receipt.objects:
             self.dense_bytes += stored.bytes * stored.key.startswith("dense/")
             self.table_bytes += stored.bytes * stored.key.startswith("features/")
+        self.isolated += bool(getattr(receipt, "isolated", False))
+        for what, count in (getattr(receipt, "retries", None) or {}).items():  # older receipts have none
+            self.retries[what] = self.retries.get(what, 0) + count
 
     def get(self, stage: str) -> float:
         """Summed seconds of a stage, 0 where receipts do not have it."""
         return self.seconds.get(stage, 0.0)
+
+    def idle(self) -> float:
+        """How much of the longest worker's time the others had no unit, 0..1 on average over all workers."""
+        walls = [worker.wall for worker in self.workers.values()]
+        longest = max(walls, default=0.0)
+        return 0.0 if longest < _IDLE_FROM_S else 1 - sum(walls) / len(walls) / longest
 
     def rate(self) -> tuple[float, float] | None:
         """Images per second of one working worker, on average: (at least, at most); None without times."""
@@ -106,7 +125,7 @@ class StageTotals:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`limit`: decode, compute, write, loop, or None when it cannot be said. `sentence` why, `change` what to do."""
+    """`limit`: decode, compute, write, loop, units, or None when it cannot be said. `sentence` why, `change` what to do."""
 
     limit: str | None
     sentence: str
@@ -120,6 +139,9 @@ def verdict(totals: StageTotals, job: dict[str, Any], *, device: str) -> Verdict
         return Verdict(None, "The run was too short to say what limits it.", "Try it on more images.")
     ranked = sorted(parts, key=lambda name: -parts[name])
     limit, second = ranked[0], ranked[1]
+    idle = totals.idle()
+    if _units_are_coarse(totals) and idle > _IDLE and (limit == COMPUTE or idle > parts[limit] * (1 - idle)):
+        return _coarse(totals, idle)
     reasons = {
         DECODE: f"the unit loop waited {parts[DECODE]:.0%} of its time for images to be read and decoded",
         COMPUTE: f"the unit loop waited {parts[COMPUTE]:.0%} of its time for the {_device(device)}",
@@ -132,6 +154,23 @@ def verdict(totals: StageTotals, job: dict[str, Any], *, device: str) -> Verdict
         sentence += f" It is nearly balanced: {reasons[second]}."
     advice = {DECODE: _feed_advice, COMPUTE: _compute_advice, WRITE: _write_advice, LOOP: _loop_advice}
     return Verdict(limit, sentence, advice[limit](totals, job, device))
+
+
+def _units_are_coarse(totals: StageTotals) -> bool:
+    return len(totals.workers) > 1 and totals.units < UNITS_PER_WORKER * len(totals.workers)
+
+
+def _units_are_tiny(totals: StageTotals, job: dict[str, Any]) -> bool:
+    return job.get("unit_items", _SMALL_UNIT) < _SMALL_UNIT and totals.get("wall") < _SHORT_UNIT_S * totals.units
+
+
+def _coarse(totals: StageTotals, idle: float) -> Verdict:
+    workers = len(totals.workers)
+    wanted = max(1, totals.items // (UNITS_PER_WORKER * workers))
+    return Verdict(UNITS, f"The size of the units limits this run: {totals.units:,} units for {workers:,} workers left them "
+                   f"without work for {idle:.0%} of the longest one's time, on average.",
+                   f"`--unit-items {wanted}` with a new `--out`: about {UNITS_PER_WORKER} units for each worker. (Workers that "
+                   "started late or were lost look the same.)")
 
 
 def _device(device: str) -> str:
@@ -164,11 +203,13 @@ def _compute_advice(totals: StageTotals, job: dict[str, Any], device: str) -> st
                 "machines, or a smaller model.")
     if job.get("precision") == "float32":
         return "`--precision bfloat16` with a new `--out`: the GPU computes several times faster in it."
-    return "`--workers N` with more GPUs. The GPU is kept busy, which is as it should be."
+    return "Nothing: the GPU is kept busy, which is as it should be. `--workers N` with more GPUs ends sooner."
 
 
 def _write_advice(totals: StageTotals, job: dict[str, Any], device: str) -> str:
     del device
+    if _units_are_tiny(totals, job):
+        return "`--unit-items 256` (the default) with a new `--out`: fewer, larger objects to store."
     if totals.dense_bytes > totals.table_bytes:
         share = totals.dense_bytes / (totals.dense_bytes + totals.table_bytes)
         if job.get("dense_dtype") == "float32":
@@ -181,7 +222,9 @@ def _write_advice(totals: StageTotals, job: dict[str, Any], device: str) -> str:
 
 
 def _loop_advice(totals: StageTotals, job: dict[str, Any], device: str) -> str:
-    del job, device
+    del device
+    if _units_are_tiny(totals, job):
+        return "`--unit-items 256` (the default) with a new `--out`: units this small cost more to begin and end than to do."
     if totals.dense_bytes > totals.table_bytes:
         return "Leave `patches` out of `--features` (new `--out`) if you can: packing patch grids is most of this work."
     return "`--workers N`: more workers do this side by side."

@@ -28,7 +28,8 @@ from dinoray.report.html import render, write_report
 from dinoray.report.neighbours import ItemVectors, item_vectors, nearest, unit_vectors
 from dinoray.report.pca import basis_of, draw_map
 from dinoray.report.pictures import draw_composites, read_picture
-from dinoray.report.sample import evenly, open_for_report, pick_dense, pick_vector, read_sample
+from dinoray.report.run import open_for_report
+from dinoray.report.sample import evenly, pick_dense, pick_vector, read_sample
 from dinoray.report.stages import COMPUTE, DECODE, LOOP, WRITE, StageTotals, verdict
 from tests.conftest import texture
 
@@ -328,7 +329,7 @@ def test_sample_of_a_large_run_is_bounded(run_out: str, monkeypatch: pytest.Monk
     assert [i.item_id for i in whole.items] == list(dict.fromkeys(whole.table["item_id"].to_pylist()))
     part = read_sample(run, max_rows=12, max_units=2)
     assert not part.complete and part.num_units == 2 and part.table.num_rows <= 12
-    assert [p.number for p in (run.parts[0], run.parts[-1])] == sorted({i.unit for i in part.items})
+    assert [p.number for p in (run.parts[0], run.parts[-1])] == sorted({i.part.number for i in part.items})
     for item in part.items:  # whole items, with their own vectors
         twin = next(i for i in whole.items if i.item_id == item.item_id)
         if twin.stop - twin.start <= 6:
