@@ -40,7 +40,7 @@ def verify(out: Out, deep: Annotated[bool, typer.Option("--deep", help="Read eve
 
 @app.command()
 def report(out: Out, to: Annotated[str | None, typer.Option("--to", help="File to write [OUT/report.html].")] = None) -> None:
-    """One self-contained HTML page: pictures, PCA maps, neighbours, quarantine, what limits the run."""
+    """One self-contained HTML page: plate maps, leakage, pictures, PCA maps, quarantine, what limits the run."""
     from dinoray.report.html import write_report
 
     say(f"report {write_report(out, to)}")
