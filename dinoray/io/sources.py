@@ -110,7 +110,7 @@ def list_items(
             for files in folders:
                 yield from make_items(files, listing.root, grouping, pattern == "auto", listing.ignored)
         for manifest in dict.fromkeys(manifests):
-            yield from manifest_items(manifest, listing.root)
+            yield from manifest_items(manifest, listing.root, listing.ignored)
 
     items = listed()
     if manifests:

@@ -235,6 +235,7 @@ def walk(
         pending += reversed(folders)
 
 
-def count(ignored: dict[str, int], kind: str) -> None:
-    """One more file of this kind was passed over."""
-    ignored[kind] = ignored.get(kind, 0) + 1
+def count(ignored: dict[str, int], kind: str, number: int = 1) -> None:
+    """So many more files of this kind were passed over."""
+    if number:
+        ignored[kind] = ignored.get(kind, 0) + number

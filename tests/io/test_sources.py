@@ -349,7 +349,8 @@ def test_channel_sets_are_per_plate(tmp_path):
 @pytest.mark.parametrize(
     "folder, expected",
     [
-        ("BR1__2020-11-08T18_18_23-Measurement1/Images", "BR1__2020-11-08T18_18_23-Measurement1"),
+        ("BR1__2020-11-08T18_18_23-Measurement1/Images", "BR1"),
+        ("BR_1__x__2020-11-08T18_18_23-Measurement 12", "BR_1__x"),
         ("P9", "P9"),
         ("P9/TimePoint_1/ZStep_2", "P9"),
         ("P9/images", "P9"),
