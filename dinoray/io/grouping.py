@@ -55,6 +55,8 @@ def make_item(
     metadata = {_text(key): value and _text(value) for key, value in (metadata or {}).items()}
     channels = tuple(_text(channel) for channel in channels)
     group = _text(group_of(metadata, relative_to(root, files[0].uri)) if group is None else group)
+    if any("::" in f.uri and "://" in f.uri for f in files):
+        problem = "bad_path: a URL with '::', which would be read as a chain of file systems"
     if not item_id or len(item_id) > MAX_ID or _BAD.search(item_id) or any(_BAD.search(f.uri) for f in files):
         problem = f"bad_id: {len(item_id)} characters, or some that are not printable"
         digest = blake2b(item_id.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()

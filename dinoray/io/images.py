@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dinoray.errors import DinorayError, ItemError, TransientError
-from dinoray.io import raster, tiff
+from dinoray.io import ome_zarr_pixels, raster, tiff
 from dinoray.io.decoded import DecodedImage, Limits, check_limits
 from dinoray.io.items import FileRef, Item
 from dinoray.io.storage_errors import storage_errors
@@ -124,10 +124,16 @@ def load_item(
     planes, pixels = [], None
     for index, file in enumerate(item.files):
         began = time.perf_counter()
-        data = _read(file, limits)
-        read = time.perf_counter()
-        image = decode_image(data, file.uri, limits, z_projection=z_projection)
-        del data
+        if ome_zarr_pixels.is_ome_zarr(file):
+            field = ome_zarr_pixels.fetch(file, limits, z_projection)
+            read = time.perf_counter()
+            image = ome_zarr_pixels.decode(field, z_projection)
+            del field
+        else:
+            data = _read(file, limits)
+            read = time.perf_counter()
+            image = decode_image(data, file.uri, limits, z_projection=z_projection)
+            del data
         if item.channels:
             pixels = _place(image, index, pixels, item, limits)
             planes.append(replace(image, pixels=pixels))  # keeps no second copy of the plane

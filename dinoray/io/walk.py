@@ -2,8 +2,8 @@
 
 The order is that of the code points of the names: within a folder its own files first, then its
 sub-folders; it depends neither on the file system nor on the locale. Memory holds one folder's files.
-Hidden files and folders, `_dinoray`, folders that are an output of dinoray, and Zarr/N5 arrays are
-skipped. A link to a folder is followed, unless it leads to or above what is listed already.
+Hidden files and folders, `_dinoray`, folders that are an output of dinoray, and N5 arrays are skipped; a
+`.zarr` folder is listed like a file. A link to a folder is followed, unless it leads to or above what is listed already.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dinoray.io.stores import filesystem
 
 IMAGE_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 _ARRAYS = (".zarr", ".n5")
+ZARR = ".zarr"
 _MAGIC = re.compile(r"[*?\[]")
 
 
@@ -88,6 +89,11 @@ class Matcher:
         if len(names) >= len(self._parts) and not self._deep:
             return False
         return all(regex.fullmatch(name) for regex, name in zip(self._parts, names, strict=False))
+
+    def wants_array(self, path: str) -> bool:
+        """Whether a `.zarr` folder is wanted: the glob matches it or a folder above."""
+        below = self._below(path)
+        return bool(below) and (not self.glob or self._matches_folder(below))
 
     def wants_file(self, path: str) -> bool:
         """Whether the file is wanted."""
@@ -201,7 +207,8 @@ def walk(
 ) -> Iterator[tuple[str, list[Entry]]]:
     """(folder, its wanted files sorted by name) for `start` and everything below it.
 
-    Folders in `other_starts` are left to a walk of their own. `named` are files wanted whatever their
+    A `.zarr` folder that is wanted is one of the entries (`is_folder`), and never looked into. Folders in
+    `other_starts` are left to a walk of their own. `named` are files wanted whatever their
     extension, {folder: names}; what is met is taken out. What was passed over is counted in `ignored`, by
     extension. Raises OSError when a folder cannot be listed.
     """
@@ -218,9 +225,12 @@ def walk(
             if not entry.is_folder and entry.name in names:
                 files.append(entry)
             elif entry.name.startswith(".") or entry.name == "_dinoray":
-                continue
+                if not entry.is_folder and is_image_name(entry.name):  # ._x.tif: macOS puts one beside each file
+                    count(ignored, f"hidden {os.path.splitext(entry.name)[1].lower()}")
             elif entry.is_folder:
-                if entry.name.lower().endswith(_ARRAYS):
+                if entry.name.lower().endswith(ZARR) and any(m.wants_array(entry.path) for m in matchers):
+                    files.append(entry)
+                elif entry.name.lower().endswith(_ARRAYS):
                     count(ignored, os.path.splitext(entry.name)[1].lower() + " folder")
                 elif entry.link and not tree.follow(entry.path, start, linked):
                     count(ignored, "link to a folder in the listing")
@@ -231,7 +241,7 @@ def walk(
             else:
                 count(ignored, os.path.splitext(entry.name)[1].lower() or "no extension")
         if files:
-            yield folder, [f if f.file else replace(f, file=tree.ref(f.path)) for f in files]
+            yield folder, [f if f.file or f.is_folder else replace(f, file=tree.ref(f.path)) for f in files]
         pending += reversed(folders)
 
 

@@ -81,8 +81,8 @@ def test_folder_lists_images_sorted_and_counts_the_rest(tmp_path):
     items = list(listing.items)
     assert [i.item_id for i in items] == ["a.TIF", "b.png", "sub/z.jpeg", "sub/deep/y.ome.tiff"]
     assert [i.group for i in items] == [".", ".", "sub", "sub/deep"]
-    assert listing.root == str(tmp_path) and listing.num_ignored == 5
-    assert listing.ignored == {".txt": 2, ".csv": 1, "no extension": 1, ".zarr folder": 1}
+    assert listing.root == str(tmp_path) and listing.num_ignored == 6
+    assert listing.ignored == {".txt": 2, ".csv": 1, "no extension": 1, ".zarr folder": 1, "hidden .png": 1}
     assert "2 .txt" in listing.describe_ignored()
     info = os.stat(tmp_path / "b.png")
     assert items[1].files == (FileRef(str(tmp_path / "b.png"), 5, str(info.st_mtime_ns)),)
@@ -241,12 +241,14 @@ def test_a_name_with_brackets_is_a_name_when_it_exists(tmp_path):
 
 
 def test_refusals(tmp_path):
-    touch(tmp_path, "notes.txt", "vol.zarr/zarr.json")
+    touch(tmp_path, "notes.txt", "vol.zarr/.zarray", "em.n5/attributes.json")
     assert "no such file" in str(refused(tmp_path / "nothing"))
     assert "no such file" in str(refused(tmp_path / "nothing.csv"))
     assert "no such folder" in str(refused(tmp_path / "nothing" / "*.png"))
     assert "1 .txt" in str(refused(tmp_path))
-    assert "volume" in str(refused(tmp_path / "vol.zarr"))
+    assert "without an OME-Zarr image" in str(refused(tmp_path / "vol.zarr"))
+    assert "volume" in str(refused(tmp_path / "em.n5"))
+    assert "s3://" in str(refused("https://127.0.0.1:9/a.zarr/0"))
     refused(tmp_path / "*.png")
     refused()
     refused("nosuch://bucket/x")
