@@ -17,7 +17,8 @@ _PLATE_TYPE = "AssayPlate_"
 """What CellVoyager puts before the names when no plate was named: the kind of plate, the same for all."""
 MAX_ID = 1024
 """Characters of an item id."""
-_BAD = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_BAD = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters, among them those that make a name look like another one (right-to-left overrides)."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 """Halves of characters: valid in JSON and in file names, but no text that can be stored."""
 

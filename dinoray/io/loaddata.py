@@ -15,7 +15,7 @@ from dinoray.io.table_paths import bad_path, from_cell, inside
 
 _COLUMN = re.compile(r"(?:Image_)?(FileName|PathName|URL|Series|Frame)_(.+)")
 _METADATA = re.compile(r"(?:Image_)?Metadata_(.+)", re.IGNORECASE)
-_ORIG = re.compile(r"Orig_?(?=.)")
+_ORIG = re.compile(r"Orig_?(?=[A-Z0-9])")
 _STANDARD = {name.lower(): f"Metadata_{name}" for name in ("Source", "Batch", "Plate", "Well", "Site")}
 _ALSO_IN_ID = ("Plane", "ZPlane", "Z", "ZStep", "Time", "TimePoint", "Timepoint", "T", "AbsTime", "Cycle")
 """Metadata that tell two images of one site apart."""

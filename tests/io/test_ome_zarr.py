@@ -145,7 +145,8 @@ def test_z_and_t_follow_the_rules_of_stacks(tmp_path):
     assert reason(z, z_projection="max", limits=Limits(max_bytes=pixels.nbytes - 1)) == "too_large"
 
 
-@pytest.mark.parametrize("unit, um", [("nanometer", 0.5e-3), ("micrometer", 0.5), ("millimeter", 500.0), ("", None), ("pixel", None)])
+@pytest.mark.parametrize("unit, um", [("nanometer", 0.5e-3), ("micrometer", 0.5), ("millimeter", 500.0), ("", None),
+                                      ("pixel", None)])
 def test_pixel_size_follows_the_unit(tmp_path, unit, um):
     write_image(tmp_path / "a.zarr", pixels_of((2, 40, 40)), "cyx")
     write_group(tmp_path / "a.zarr", image_attributes("cyx", unit=unit))
