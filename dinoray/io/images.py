@@ -26,6 +26,7 @@ _SIGNATURES = {
     b"II*\0": "tiff", b"MM\0*": "tiff", b"II+\0": "tiff", b"MM\0+": "tiff",
     b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpeg", b"GIF87a": "gif", b"GIF89a": "gif", b"BM": "bmp",
 }
+_LARGE_BYTES = 2**26
 _KNOWN = {  # formats that we can name but not read: better than "not an image"
     b"\0\0\0\x0cjP  ": "JPEG 2000", b"\xff\x4f\xff\x51": "JPEG 2000", b"ZISRAWFILE": "Zeiss CZI",
     b"\xda\xce\xbe\x0a": "Nikon ND2", b"\x70\0\0\0": "Leica LIF", b"\x89HDF\r\n\x1a\n": "HDF5",
@@ -130,6 +131,7 @@ def load_item(
             image = ome_zarr_pixels.decode(field, z_projection)
             del field
         else:
+            _refuse_early(file, limits)
             data = _read(file, limits)
             read = time.perf_counter()
             image = decode_image(data, file.uri, limits, z_projection=z_projection)
@@ -165,6 +167,16 @@ def _place(image: DecodedImage, index: int, pixels, item: Item, limits: Limits) 
             f"{item.channels[0]!r} is {pixels.shape[1]} x {pixels.shape[2]} {pixels.dtype}", where=uri)
     pixels[index] = image.pixels[0]
     return pixels
+
+
+def _refuse_early(file: FileRef, limits: Limits) -> None:
+    """Look at the first bytes of a large file before all of it is read: it may be no image at all."""
+    if file.version == "missing" or not _LARGE_BYTES < file.size <= limits.max_file_bytes:
+        return
+    with storage_errors(file.uri):
+        fs, path = filesystem(file.uri)
+        head = fs.cat_file(path, start=0, end=16)
+    sniff(head, file.uri)
 
 
 def _read(file: FileRef, limits: Limits) -> bytes:
