@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dinoray.errors import ItemError
+from dinoray.io.items import storable
 
 
 @dataclass(frozen=True)
@@ -91,4 +92,5 @@ def finish(
     pixels = np.ascontiguousarray(pixels, dtype=pixels.dtype.newbyteorder("="))
     if channel_names is not None and len(channel_names) != len(pixels):
         channel_names = None
+    channel_names = channel_names and tuple(storable(name) for name in channel_names)
     return DecodedImage(pixels, channel_names, pixel_size_um, is_rgb8 and pixels.dtype == np.uint8)

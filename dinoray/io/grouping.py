@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from hashlib import blake2b
 
 from dinoray.io import plates
-from dinoray.io.items import FileRef, Item
+from dinoray.io.items import FileRef, Item, storable
 from dinoray.io.plate_folders import plate_folder
 from dinoray.io.walk import Entry, count, is_image_name
 
@@ -19,8 +19,6 @@ MAX_ID = 1024
 """Characters of an item id."""
 _BAD = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters, among them those that make a name look like another one (right-to-left overrides)."""
-_SURROGATE = re.compile("[\ud800-\udfff]")
-"""Halves of characters: valid in JSON and in file names, but no text that can be stored."""
 
 
 def relative_to(root: str, uri: str) -> str:
@@ -53,9 +51,9 @@ def make_item(
     Bad characters (control characters, names that are not UTF-8) are written as escapes, so that the
     item can be reported; ids over MAX_ID characters are cut and end in a hash.
     """
-    metadata = {_text(key): value and _text(value) for key, value in (metadata or {}).items()}
-    channels = tuple(_text(channel) for channel in channels)
-    group = _text(group_of(metadata, relative_to(root, files[0].uri)) if group is None else group)
+    metadata = {storable(key): value and storable(value) for key, value in (metadata or {}).items()}
+    channels = tuple(storable(channel) for channel in channels)
+    group = storable(group_of(metadata, relative_to(root, files[0].uri)) if group is None else group)
     if any("::" in f.uri and "://" in f.uri for f in files):
         problem = "bad_path: a URL with '::', which would be read as a chain of file systems"
     if not item_id or len(item_id) > MAX_ID or _BAD.search(item_id) or any(_BAD.search(f.uri) for f in files):
@@ -69,16 +67,8 @@ def make_item(
     return Item(item_id, files, channels, group, metadata.get("Metadata_Plate"), metadata, problem)
 
 
-def _text(text: str) -> str:
-    return _SURROGATE.sub(_escape, text)
-
-
-def _escape(match: re.Match[str]) -> str:
-    return f"\\x{ord(match[0]):02x}"
-
-
 def _printable(text: str) -> str:
-    return _BAD.sub(_escape, text)
+    return _BAD.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 def make_items(

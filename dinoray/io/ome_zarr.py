@@ -18,6 +18,10 @@ MAX_FIELDS = 2**20
 """Wells of a plate, fields of a well, channels: lists longer than this are no plate."""
 
 
+MAX_NAME = 256
+"""Characters of a channel's name; it stands in every row."""
+
+
 @dataclass(frozen=True)
 class ImageGroup:
     """A multiscale image: its axes (slowest first, of t, c, z, y, x), the path of the full resolution level
@@ -104,7 +108,7 @@ def _channel_names(attributes: dict[str, Any], where: str) -> tuple[str, ...] | 
     if not isinstance(omero, dict) or not isinstance(omero.get("channels"), list):
         return None
     labels = [c.get("label") if isinstance(c, dict) else None for c in omero["channels"][:MAX_FIELDS]]
-    if not all(isinstance(label, str) and label for label in labels) or len(set(labels)) < len(labels):
+    if not all(isinstance(label, str) and 0 < len(label) <= MAX_NAME for label in labels) or len(set(labels)) < len(labels):
         return None
     return tuple(labels)
 

@@ -8,6 +8,7 @@ Hidden files and folders, `_dinoray`, folders that are an output of dinoray, and
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -119,7 +120,7 @@ class LocalTree:
         found = []
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.is_dir():
+                if _is_folder(entry):
                     found.append(Entry(entry.name, entry.path, True, link=entry.is_symlink()))
                 elif is_image_name(entry.name):
                     found.append(Entry(entry.name, entry.path, False, self.ref(entry.path)))
@@ -133,6 +134,10 @@ class LocalTree:
             info = os.stat(path)
         except (FileNotFoundError, NotADirectoryError):
             return FileRef(path, -1, "missing")
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                return FileRef(path, -1, "missing")
+            raise
         if not stat.S_ISREG(info.st_mode):  # a FIFO would hang its reader
             return FileRef(path, -1, "missing")
         return FileRef(path, info.st_size, str(info.st_mtime_ns))
@@ -145,6 +150,15 @@ class LocalTree:
             return False
         linked.append(target)
         return True
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # links that lead to each other
+            return False
+        raise
 
 
 def _with_slash(path: str) -> str:
@@ -226,7 +240,7 @@ def walk(
                 files.append(entry)
             elif entry.name.startswith(".") or entry.name == "_dinoray":
                 if not entry.is_folder and is_image_name(entry.name):  # ._x.tif: macOS puts one beside each file
-                    count(ignored, f"hidden {os.path.splitext(entry.name)[1].lower()}")
+                    count(ignored, f"hidden .{entry.name.rpartition('.')[2].lower()}")
             elif entry.is_folder:
                 if entry.name.lower().endswith(ZARR) and any(m.wants_array(entry.path) for m in matchers):
                     files.append(entry)
