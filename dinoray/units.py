@@ -231,11 +231,12 @@ class Plan:
         file = self._file(number // UNITS_PER_FILE)
         with _readable(f"{self.store.url}/{self._key(number // UNITS_PER_FILE)}"):
             table = file.read_row_group(number % UNITS_PER_FILE)
+            items = items_of(table)
         if table.num_rows != self.index["num_items"][number].as_py():
             raise OutputDamaged(f"unit {number} has another number of items in the plan file than in the index",
                                 where=f"{self.store.url}/{self.prefix}/plan",
                                 todo="delete the output folder and run again, or restore the plan from a copy")
-        return Unit(number, self.unit_ids[number], items_of(table))
+        return Unit(number, self.unit_ids[number], items)
 
     def units(self) -> Iterator[Unit]:
         """All units in order."""

@@ -54,6 +54,8 @@ def from_cell(text: str, folder: str) -> str:
     if text.startswith(("/", "~")):
         return text
     protocol, mark, base = folder.rpartition("://")
+    if mark and "::" in text:
+        raise bad_path("a name with '::', which would be read as a chained URL", text)
     path = posixpath.normpath(posixpath.join(base, text))
     if mark and path.split("/", 1)[0] != base.split("/", 1)[0]:
         raise bad_path("a relative path that leaves the table's bucket", text)

@@ -65,7 +65,10 @@ def _open(uri: str) -> Iterator[Any]:
         with fs.open(path, "rb") as file:
             try:
                 yield file
-            except pa.ArrowException as error:  # damaged, not UTF-8, rows of differing length
+            except (pa.ArrowException, UnicodeError, OverflowError, OSError) as error:
+                # damaged, not UTF-8, rows of differing length; pyarrow calls damage an OSError too, without a number
+                if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
+                    raise
                 raise BadRequest(f"the table cannot be read: {error}", where=uri,
                                  todo="write it again: UTF-8 CSV with a header line, or Parquet") from error
 
