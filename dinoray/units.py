@@ -197,8 +197,8 @@ class Plan:
         with _readable(f"{store.url}/{key}"):
             table = pq.read_table(io.BytesIO(data))
             self.facts: dict[str, Any] = json.loads(table.schema.metadata[b"dinoray"])
+            self.unit_ids: list[str] = table["unit_id"].to_pylist()
         self.index = table
-        self.unit_ids: list[str] = table["unit_id"].to_pylist()
         self._file = lru_cache(maxsize=2)(self._open_file)
 
     @staticmethod

@@ -41,7 +41,7 @@ class DecodedImage:
     """
 
     pixels: np.ndarray
-    """image_CYX, C-contiguous, native byte order, in the file's own dtype (bool becomes uint8 0/1)."""
+    """image_CYX, C-contiguous, native byte order, in the file's own dtype (bool becomes uint8 0/255)."""
     channel_names: tuple[str, ...] | None = None
     """From OME-XML or ImageJ labels (one for each channel), or the item's; None where nobody says."""
     pixel_size_um: float | None = None
@@ -86,7 +86,7 @@ def finish(
     Raises ItemError `unsupported` for complex and other dtypes.
     """
     if pixels.dtype.kind == "b":
-        pixels = pixels.astype(np.uint8)
+        pixels = pixels.astype(np.uint8) * np.uint8(255)  # as in a PNG of 1 bit
     if pixels.dtype.kind not in "uif" or pixels.dtype.itemsize > 8:
         raise ItemError("unsupported", f"pixels of type {pixels.dtype} are not intensities", where=uri)
     pixels = np.ascontiguousarray(pixels, dtype=pixels.dtype.newbyteorder("="))

