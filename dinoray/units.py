@@ -198,6 +198,9 @@ class Plan:
             table = pq.read_table(io.BytesIO(data))
             self.facts: dict[str, Any] = json.loads(table.schema.metadata[b"dinoray"])
             self.unit_ids: list[str] = table["unit_id"].to_pylist()
+            if table.schema.types != INDEX_SCHEMA.types or table.schema.names != INDEX_SCHEMA.names or \
+                    any(table[name].null_count for name in ("unit_id", "num_items", "num_bytes")):
+                raise ValueError(f"columns {table.schema.names}")
         self.index = table
         self._file = lru_cache(maxsize=2)(self._open_file)
 

@@ -16,11 +16,12 @@ from dinoray.errors import BadRequest, ItemError
 from dinoray.io.grouping import make_item, relative_to
 from dinoray.io.items import FileRef, Item
 from dinoray.io.loaddata import LoadData, is_load_data
+from dinoray.io.ome_zarr_pixels import UNREAD, field_ref
 from dinoray.io.storage_errors import listing_errors
 from dinoray.io.stores import is_local, local_path
 from dinoray.io.table_paths import from_cell
 from dinoray.io.text_tables import text_rows
-from dinoray.io.walk import LocalTree, RemoteTree, count
+from dinoray.io.walk import ZARR, LocalTree, RemoteTree, count, is_image_name
 
 _FILE_COLUMNS = ("uri", "path", "image", "file")
 _ID_COLUMNS = ("item_id", "id")
@@ -126,6 +127,11 @@ class _Stat:
         if "\0" in uri:
             return FileRef(uri, -1, "missing")
         with listing_errors(uri):
+            if ZARR in uri.lower() and not is_image_name(uri):
+                try:
+                    return field_ref(str(local_path(uri)) if is_local(uri) else uri.rstrip("/"))
+                except ItemError:
+                    return FileRef(uri, -1, UNREAD)  # reading it tells the reason
             if is_local(uri):
                 return LocalTree().ref(str(local_path(uri)))
             protocol = uri.split("://", 1)[0]

@@ -14,8 +14,8 @@ from dinoray.errors import BadRequest, ItemError
 from dinoray.io.ome import isotropic, to_um
 from dinoray.io.stores import safe_join
 
-MAX_FIELDS = 2**20
-"""Wells of a plate, fields of a well, channels: lists longer than this are no plate."""
+MAX_FIELDS = 10_000
+"""Wells of a plate, fields of a well, images of a file, channels: longer lists are no plate (3456 wells is the most)."""
 
 
 MAX_NAME = 256

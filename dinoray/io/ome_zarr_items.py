@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import posixpath
 import re
 from collections.abc import Callable, Iterator
@@ -11,15 +12,13 @@ from dinoray.errors import ItemError
 from dinoray.io import ome_zarr
 from dinoray.io.grouping import make_item, natural, relative_to
 from dinoray.io.items import FileRef, Item
-from dinoray.io.ome_zarr_pixels import field_ref, group_attributes
+from dinoray.io.ome_zarr_pixels import UNREAD, field_ref, group_attributes
 from dinoray.io.plates import format_well
 from dinoray.io.storage_errors import listing_errors
 from dinoray.io.zarr_objects import leads_out
 
 _THREADS = 16
 _SUFFIX = re.compile(r"(\.ome)?\.zarr$", re.IGNORECASE)
-MAX_SERIES = 10_000
-"""Images of one file in the bioformats2raw layout."""
 
 
 def zarr_items(uri: str, root: str) -> Iterator[Item]:
@@ -78,11 +77,8 @@ def _well(uri: str, plate: str, well: ome_zarr.WellRef, root: str) -> list[Item]
 def _series(uri: str, root: str) -> Iterator[Item]:
     """The images that the OME group names, else 0, 1, ... while there are such groups."""
     named = ome_zarr.parse_series(group_attributes(f"{uri}/OME") or {}, uri)
-    for number in range(MAX_SERIES):
-        if named and number >= len(named):
-            return
-        place = f"{uri}/{named[number] if named else number}"
-        item = _item(place, root, uri, {})
+    for name in named or itertools.count():
+        item = _item(f"{uri}/{name}", root, uri, {})
         if not named and item.files[0].version == "missing":
             return
         yield item
@@ -98,7 +94,7 @@ def _item(uri: str, root: str, top: str, metadata: dict[str, str | None]) -> Ite
 
 
 def _broken(uri: str, root: str, error: ItemError, metadata: dict[str, str | None]) -> Item:
-    files = (FileRef(uri, -1, "missing" if error.reason == "missing" else "ome-zarr:unread"),)
+    files = (FileRef(uri, -1, "missing" if error.reason == "missing" else UNREAD),)
     return make_item(relative_to(root, uri), files, root, metadata=metadata, problem=f"{error.reason}: {error.what}")
 
 

@@ -29,6 +29,8 @@ from dinoray.io.zarr_arrays import ArrayInfo, check_object, parse_array
 from dinoray.io.zarr_objects import MAX_OBJECTS, ZarrObject, list_objects, read_document
 
 _MARK = "ome-zarr:"
+UNREAD = _MARK + "unread"
+"""The version of a group whose metadata were no good when it was listed."""
 _THREADS = 8
 _PADDING_BYTES = 2**28
 """Decoded bytes that the chunks of a small image may take beyond four times its own."""

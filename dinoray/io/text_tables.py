@@ -53,7 +53,7 @@ def _strings(column: pa.Array, name: str, uri: str) -> list[str | None]:
                          todo="keep plain columns only: text, numbers, dates")
     try:
         return column.cast(pa.string()).to_pylist()  # some writers do not say that their bytes are text
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeError) as error:
         raise BadRequest(f"column {name!r} of a table is no text: {error}", where=uri,
                          todo="write it again as UTF-8 text, or leave it out") from error
 

@@ -288,6 +288,19 @@ def test_fifos_inside_do_not_hang(tmp_path):
     assert one(tmp_path).problem.startswith("bad_path")
 
 
+def test_manifests_name_fields(tmp_path):
+    top = write_plate(tmp_path / "P.zarr", {"A/1": [pixels_of((1, 40, 40), i) for i in range(2)]}, channels=("DNA",))
+    (top / "A" / "1" / "1" / ".zattrs").write_text("{")
+    (tmp_path / "m.csv").write_text("uri,Plate\nP.zarr/A/1/0,P\nP.zarr/A/1/1/,P\nP.zarr/A/1/7,P\nP.zarr,P\n")
+    good, bad, gone, plate = listed(tmp_path / "m.csv")
+    assert good.files == listed(top)[0].files
+    np.testing.assert_array_equal(load_item(good).image.pixels, pixels_of((1, 40, 40), 0))
+    assert [reason(bad), reason(gone), reason(plate)] == ["decode", "missing", "not_image"]
+    assert listed(tmp_path / "m.csv")[0] == good
+    (tmp_path / "m.csv").write_text("uri_DNA,uri_ER\nP.zarr/A/1/0,P.zarr/A/1/0\n")
+    assert load_item(one(tmp_path / "m.csv")).image.pixels.shape == (2, 40, 40)
+
+
 def test_memory_file_system(tmp_path):
     import fsspec
 
