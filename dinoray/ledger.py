@@ -15,10 +15,11 @@ import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter
 
 from dinoray.config import canonical_json
 from dinoray.errors import OutputDamaged
@@ -33,6 +34,7 @@ QUARANTINE_SCHEMA = pa.schema([
 class StoredObject:
     """One object a unit wrote: key below the output, bytes, sha256 of its content."""
 
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
     key: str
     bytes: int
     sha256: str
@@ -42,6 +44,7 @@ class StoredObject:
 class Receipt:
     """Proof that a unit is done, and what it took. Stored as `receipts/<unit>.json`."""
 
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
     unit: str
     number: int
     fingerprint: str
@@ -76,10 +79,11 @@ class Receipt:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Receipt:
-        """Read a receipt back. Raises ValueError, KeyError, TypeError on text that is none."""
-        values = json.loads(text)
-        values["objects"] = [StoredObject(**o) for o in values["objects"]]
-        return cls(**values)
+        """Read a receipt back. Raises ValueError on text that is none, or has values of other types."""
+        return _RECEIPT.validate_json(text, strict=True)
+
+
+_RECEIPT = TypeAdapter(Receipt)
 
 
 class Ledger:

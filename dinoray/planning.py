@@ -46,7 +46,8 @@ class Spool:
     metadata_columns: tuple[str, ...] = ()
     samples: dict[str, list[int]] = field(default_factory=dict)
     """Row numbers, per scaling group, of the `sample` items with the smallest id hash, in listing order."""
-    duplicates: frozenset[str] = frozenset()
+    duplicates: dict[str, list[str]] = field(default_factory=dict)
+    """The ids that occur more than once, with the first files of the first few inputs that have them."""
     _file: Any = None
 
     def __enter__(self) -> Spool:
@@ -67,7 +68,7 @@ class Spool:
             for row in batch.to_pylist():
                 digest = row.pop("digest")
                 if row["item_id"] in self.duplicates:
-                    row["problem"] = "duplicate_id"
+                    row["problem"] = _duplicate_of(row, self.duplicates[row["item_id"]])
                 yield row, digest
 
     def sampled(self) -> Iterator[tuple[dict[str, Any], bytes]]:
@@ -131,19 +132,31 @@ def spool_items(items: Iterable[Item], *, sample: int = 0, sample_if: Callable[[
     return spool
 
 
-def _duplicates(spool: Spool, hashes: np.ndarray) -> frozenset[str]:
+def _duplicate_of(row: dict[str, Any], files: list[str]) -> str:
+    """The problem of an input whose id is not its own: it names another input of that id."""
+    others = [uri for uri in files if uri not in row["uris"]]
+    return f"duplicate_id: {others[0]} has the same id" if others else "duplicate_id: this file is listed more than once"
+
+
+def _duplicates(spool: Spool, hashes: np.ndarray) -> dict[str, list[str]]:
     """Ids that occur more than once. Equal hashes only nominate; the ids themselves decide."""
     ordered = np.sort(hashes)
     candidates = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
     if not len(candidates):
-        return frozenset()
+        return {}
     counts: Counter[str] = Counter()
+    files: dict[str, list[str]] = {}
     start = 0
     for batch in spool.batches():
         hits = np.flatnonzero(np.isin(hashes[start:start + batch.num_rows], candidates))
-        counts.update(batch.column("item_id").take(pa.array(hits)).to_pylist())
+        found = batch.select(["item_id", "uris"]).take(pa.array(hits)).to_pylist()
+        counts.update(row["item_id"] for row in found)
+        for row in found:
+            known = files.setdefault(row["item_id"], [])
+            if len(known) < 3:
+                known += row["uris"][:1]
         start += batch.num_rows
-    return frozenset(item_id for item_id, count in counts.items() if count > 1)
+    return {item_id: files[item_id] for item_id, count in counts.items() if count > 1}
 
 
 def write_plan(spool: Spool, writer: PlanWriter, **facts: Any) -> None:

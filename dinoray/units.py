@@ -204,8 +204,11 @@ class Plan:
         with _readable(f"{store.url}/{key}"):
             table = pq.read_table(io.BytesIO(data))
             self.facts: dict[str, Any] = json.loads(table.schema.metadata[b"dinoray"])
+            self.unit_ids: list[str] = table["unit_id"].to_pylist()
+            if table.schema.types != INDEX_SCHEMA.types or table.schema.names != INDEX_SCHEMA.names or \
+                    any(table[name].null_count for name in ("unit_id", "num_items", "num_bytes")):
+                raise ValueError(f"columns {table.schema.names}")
         self.index = table
-        self.unit_ids: list[str] = table["unit_id"].to_pylist()
         self._file = lru_cache(maxsize=2)(self._open_file)
 
     @staticmethod
@@ -243,11 +246,12 @@ class Plan:
         file = self._file(number // UNITS_PER_FILE)
         with _readable(f"{self.store.url}/{self._key(number // UNITS_PER_FILE)}"):
             table = file.read_row_group(number % UNITS_PER_FILE)
+            items = items_of(table)
         if table.num_rows != self.index["num_items"][number].as_py():
             raise OutputDamaged(f"unit {number} has another number of items in the plan file than in the index",
                                 where=f"{self.store.url}/{self.prefix}/plan",
                                 todo="delete the output folder and run again, or restore the plan from a copy")
-        return Unit(number, self.unit_ids[number], items_of(table))
+        return Unit(number, self.unit_ids[number], items)
 
     def units(self) -> Iterator[Unit]:
         """All units in order."""

@@ -36,15 +36,15 @@ def test_rows_come_back_in_order_and_all_items_of_a_repeated_id_are_flagged(name
     assert [row["item_id"] for row in rows] == names
     assert [row["sizes"] for row in rows] == [[i] for i in range(len(names))]
     repeated = {n for n in names if names.count(n) > 1}
-    assert spool.duplicates == repeated
-    assert {row["item_id"] for row in rows if row["problem"] == "duplicate_id"} == repeated
+    assert spool.duplicates.keys() == repeated
+    assert {row["item_id"] for row in rows if (row["problem"] or "").startswith("duplicate_id: ")} == repeated
     assert (spool.num_items, spool.num_bytes) == (len(names), sum(range(len(names))))
 
 
 def test_equal_hashes_of_different_ids_are_no_duplicates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "id_hash", lambda item_id: 7)
     with spool_items([make_item("a"), make_item("b"), make_item("c"), make_item("b")], sample=2) as spool:
-        assert spool.duplicates == {"b"}
+        assert spool.duplicates.keys() == {"b"}
 
 
 def test_a_listing_without_items_is_a_bad_request() -> None:

@@ -23,7 +23,7 @@ def job_command(model: type[ExtractImagesJob], run: Callable[[Any], int]) -> Cal
         if sources:
             values["sources"] = sources
         if isinstance(values.get("where"), list):
-            values["where"] = dict(_pair(text) for text in values["where"])
+            values["where"] = _conditions(values["where"])
         raise typer.Exit(run(build_job(model, values)))
 
     parameters = [
@@ -71,6 +71,17 @@ def _flag_type(annotation: Any) -> Any:
         if plain == {kind}:
             return kind
     return str
+
+
+def _conditions(texts: list[str]) -> dict[str, str]:
+    """All `--where KEY=VALUE` together. Raises BadRequest for a key that is given twice: both cannot hold."""
+    pairs = [_pair(text) for text in texts]
+    keys = [key.removeprefix("Metadata_") for key, _ in pairs]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:
+        raise BadRequest(f"two conditions on {', '.join(twice)}", where="--where",
+                         todo="one condition with a glob takes several values: --where 'Plate=BR00[12]*'")
+    return dict(pairs)
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dinoray.errors import ItemError
+from dinoray.io.items import storable
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class DecodedImage:
     """
 
     pixels: np.ndarray
-    """image_CYX, C-contiguous, native byte order, in the file's own dtype (bool becomes uint8 0/1)."""
+    """image_CYX, C-contiguous, native byte order, in the file's own dtype (bool becomes uint8 0/255)."""
     channel_names: tuple[str, ...] | None = None
     """From OME-XML or ImageJ labels (one for each channel), or the item's; None where nobody says."""
     pixel_size_um: float | None = None
@@ -85,10 +86,11 @@ def finish(
     Raises ItemError `unsupported` for complex and other dtypes.
     """
     if pixels.dtype.kind == "b":
-        pixels = pixels.astype(np.uint8)
+        pixels = pixels.astype(np.uint8) * np.uint8(255)  # as in a PNG of 1 bit
     if pixels.dtype.kind not in "uif" or pixels.dtype.itemsize > 8:
         raise ItemError("unsupported", f"pixels of type {pixels.dtype} are not intensities", where=uri)
     pixels = np.ascontiguousarray(pixels, dtype=pixels.dtype.newbyteorder("="))
     if channel_names is not None and len(channel_names) != len(pixels):
         channel_names = None
+    channel_names = channel_names and tuple(storable(name) for name in channel_names)
     return DecodedImage(pixels, channel_names, pixel_size_um, is_rgb8 and pixels.dtype == np.uint8)

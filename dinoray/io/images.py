@@ -7,20 +7,18 @@ with one of these reasons: `empty`, `truncated`, `not_image`, `unsupported`, `to
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from dinoray.errors import DinorayError, ItemError
-from dinoray.io import raster, tiff
+from dinoray.io import ome_zarr_pixels, raster, tiff
 from dinoray.io.decoded import DecodedImage, Limits, check_limits
 from dinoray.io.items import FileRef, Item
-from dinoray.io.retries import retried
-from dinoray.io.storage_errors import TruncatedBody, storage_errors
-from dinoray.io.stores import is_local, local_path, read_versioned
-from dinoray.io.walk import LocalTree, RemoteTree
+from dinoray.io.reading import read_file
+from dinoray.io.storage_errors import storage_errors
+from dinoray.io.stores import filesystem, on_inputs
 
 __all__ = ["DecodedImage", "Limits", "LoadedItem", "decode_image", "load_item", "sniff"]
 
@@ -28,6 +26,7 @@ _SIGNATURES = {
     b"II*\0": "tiff", b"MM\0*": "tiff", b"II+\0": "tiff", b"MM\0+": "tiff",
     b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpeg", b"GIF87a": "gif", b"GIF89a": "gif", b"BM": "bmp",
 }
+_LARGE_BYTES = 2**26
 _KNOWN = {  # formats that we can name but not read: better than "not an image"
     b"\0\0\0\x0cjP  ": "JPEG 2000", b"\xff\x4f\xff\x51": "JPEG 2000", b"ZISRAWFILE": "Zeiss CZI",
     b"\xda\xce\xbe\x0a": "Nikon ND2", b"\x70\0\0\0": "Leica LIF", b"\x89HDF\r\n\x1a\n": "HDF5",
@@ -126,10 +125,17 @@ def load_item(
     planes, pixels = [], None
     for index, file in enumerate(item.files):
         began = time.perf_counter()
-        data = _read(file, limits)
-        read = time.perf_counter()
-        image = decode_image(data, file.uri, limits, z_projection=z_projection)
-        del data
+        if ome_zarr_pixels.is_ome_zarr(file):
+            field = ome_zarr_pixels.fetch(file, limits, z_projection)
+            read = time.perf_counter()
+            image = ome_zarr_pixels.decode(field, z_projection)
+            del field
+        else:
+            _refuse_early(file, limits)
+            data = read_file(file, limits)
+            read = time.perf_counter()
+            image = decode_image(data, file.uri, limits, z_projection=z_projection)
+            del data
         if item.channels:
             pixels = _place(image, index, pixels, item, limits)
             planes.append(replace(image, pixels=pixels))  # keeps no second copy of the plane
@@ -163,39 +169,11 @@ def _place(image: DecodedImage, index: int, pixels, item: Item, limits: Limits) 
     return pixels
 
 
-def _read(file: FileRef, limits: Limits) -> bytes:
-    """The bytes of a file, as the listing saw it."""
-    if file.version == "missing":
-        raise ItemError("missing", "no such file", where=file.uri)
-    if file.size > limits.max_file_bytes:
-        raise ItemError("too_large", f"a file of {file.size:,} bytes; the limit is {limits.max_file_bytes:,}",
-                        where=file.uri)
+def _refuse_early(file: FileRef, limits: Limits) -> None:
+    """Look at the first bytes of a large file before all of it is read: it may be no image at all."""
+    if file.version == "missing" or not _LARGE_BYTES < file.size <= limits.max_file_bytes:
+        return
     with storage_errors(file.uri):
-        return retried(lambda: _read_once(file), file.uri)
-
-
-def _read_once(file: FileRef) -> bytes:
-    """One try of `_read`. Raises ItemError `changed`, TruncatedBody, and what storage raises."""
-    data, version = _fetch(file.uri)
-    if version == file.version and file.size in (-1, len(data)):  # a size of -1 is one that the store did not tell
-        return data
-    now = LocalTree().ref(str(local_path(file.uri))) if is_local(file.uri) else RemoteTree(file.uri).named()
-    if now.version == "missing":
-        raise FileNotFoundError(file.uri)
-    if now.version != file.version or min(now.size, file.size) >= 0 and now.size != file.size:
-        raise ItemError("changed", f"the file is not the one that was listed ({now.size:,} bytes now, "
-                        f"{file.size:,} then)", where=file.uri, todo="extend or plan again with the new file")
-    if 0 <= file.size != len(data):
-        raise TruncatedBody(f"only {len(data):,} of {file.size:,} bytes arrived")
-    if version not in (None, file.version) and not file.uri.startswith("http"):  # web servers differ between GET and HEAD
-        raise TruncatedBody("the file was replaced while it was read, and put back")
-    return data
-
-
-def _fetch(uri: str) -> tuple[bytes, str | None]:
-    """The bytes, and the version that they are of: mtime in ns, ETag, None where the store does not say."""
-    if is_local(uri):
-        data = local_path(uri).read_bytes()
-        return data, str(os.stat(local_path(uri)).st_mtime_ns)  # after reading: a change while we read is seen too
-    return read_versioned(uri)
-
+        path = filesystem(file.uri)[1]
+        head = on_inputs(file.uri, lambda fs: fs.cat_file(path, start=0, end=16))
+    sniff(head, file.uri)

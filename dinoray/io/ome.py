@@ -14,7 +14,10 @@ from dinoray.errors import ItemError
 from dinoray.io.decoded import Limits, check_limits
 
 _UM = {"µm": 1.0, "μm": 1.0, "um": 1.0, "micron": 1.0, "microns": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4,
-       "m": 1e6, "å": 1e-4, "pm": 1e-6}
+       "m": 1e6, "å": 1e-4, "pm": 1e-6,
+       "micrometer": 1.0, "micrometre": 1.0, "nanometer": 1e-3, "nanometre": 1e-3, "millimeter": 1e3,
+       "millimetre": 1e3, "centimeter": 1e4, "meter": 1e6, "angstrom": 1e-4, "picometer": 1e-6}
+"""The short forms are those of OME-XML and ImageJ, the words those of OME-Zarr."""
 _MAX_XML = 2**26
 """Characters; parsed XML takes some ten times as many bytes."""
 

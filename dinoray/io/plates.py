@@ -37,6 +37,8 @@ class Pattern:
     ignore: re.Pattern[str] | None = None
     whole_path: bool = False
     """Match the path below the root instead of the file's name."""
+    ignored_as: str = "thumbnail"
+    """What the files of `ignore` are called when they are counted."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,9 @@ class ParsedName:
     metadata: dict[str, str] = field(default_factory=dict)
 
 
-def _shipped(name: str, regex: str, ignore: str | None = None) -> Pattern:
-    return Pattern(name, re.compile(regex, re.ASCII), re.compile(ignore, re.ASCII) if ignore else None)
+def _shipped(name: str, regex: str, ignore: str | None = None, ignored_as: str = "thumbnail") -> Pattern:
+    return Pattern(name, re.compile(regex, re.ASCII), re.compile(ignore, re.ASCII) if ignore else None,
+                   ignored_as=ignored_as)
 
 
 _TIFF = r"\.(?i:tiff?)"
@@ -65,9 +68,11 @@ SHIPPED: dict[str, Pattern] = {pattern.name: pattern for pattern in (
                             r"(?P<token>_(?P<channel>w\d+))(?:_z(?P<plane>\d+))?(?:_t(?P<time>\d+))?"
                             rf"(?P<token2>{_GUID})?{_TIFF}",
              ignore=rf".*_thumb(?:{_GUID})?{_TIFF}"),
-    # Yokogawa CV7000/CV8000: plate_A01_T0001F001L01A01Z01C01.tif; A (the action) goes with the channel
-    _shipped("yokogawa", r"(?P<plate>[^/]+?)_(?P<well>[A-Z]{1,2}\d{2})_T(?P<time>\d{4})F(?P<site>\d{3})L\d{2}"
-                         r"(?P<token>A\d{2})Z(?P<plane>\d{2})(?P<token2>(?P<channel>C\d{2}))\.(?i:tiff?|png)"),
+    # Yokogawa CV7000/CV8000: plate_A01_T0001F001L01A01Z01C01.tif; A (the action) goes with the channel. The
+    # dark and shading images of the camera (DC_sCMOS #1_CAM1.tif, SC_BP445-45_40x_M10_CH01.tif) lie beside
+    _shipped("yokogawa", r"(?P<plate>[^/]+?)_(?P<well>[A-Z]{1,2}\d{2})_T(?P<time>\d{4})F(?P<site>\d{3,4})L\d{2}"
+                         r"(?P<token>A\d{2})Z(?P<plane>\d{2,3})(?P<token2>(?P<channel>C\d{2}))\.(?i:tiff?|png)",
+             ignore=rf"(?:DC|SC)_.*{_TIFF}", ignored_as="camera correction image"),
 )}
 
 _METADATA = {"site": "Site", "plane": "Plane", "time": "Time", "timepoint": "Timepoint", "plate": "Plate",

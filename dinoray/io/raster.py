@@ -24,6 +24,8 @@ _PLUGINS = {
     "jpeg": JpegImagePlugin.JpegImageFile,
 }
 _JPEG_SOF = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive: what libjpeg decodes
+_MAX_SCANS = 200
+"""Progressive JPEGs have some ten; a scan of 10 bytes costs as much time as a whole image."""
 _JPEG_OTHER_SOF = {0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}  # lossless, arithmetic, ...
 
 
@@ -76,8 +78,12 @@ def _check_png(data: bytes, uri: str) -> tuple[int, int, int, int]:
 def jpeg_size(data: bytes | memoryview, uri: str) -> tuple[int, int, int]:
     """Y, X and components that a JPEG stream declares in its frame header.
 
-    Raises ItemError `truncated` when there is none, `unsupported` for lossless and arithmetic coding.
+    Raises ItemError `truncated` when there is none, `unsupported` for lossless and arithmetic coding,
+    `too_large` for hundreds of scans.
     """
+    scans = bytes(data).count(b"\xff\xda")  # in pixel data 0xFF is followed by 0
+    if scans > _MAX_SCANS:
+        raise ItemError("too_large", f"a JPEG of {scans:,} scans, each of which is decoded over the whole image", where=uri)
     at = 2
     while at + 4 <= len(data):
         if data[at] != 0xFF:
@@ -115,8 +121,8 @@ def _decode_pillow(data: bytes, uri: str, limits: Limits, kind: str) -> DecodedI
     with _PLUGINS[kind](io.BytesIO(data)) as image:
         if kind != "jpeg":
             check_limits(uri, limits, height=image.height, width=image.width, samples=4)
-        if kind != "jpeg" and getattr(image, "n_frames", 1) > 1:
-            raise ItemError("stack", f"the {kind.upper()} holds {image.n_frames} frames", where=uri,
+        if kind != "jpeg" and getattr(image, "is_animated", False):  # n_frames would walk through millions of them
+            raise ItemError("stack", f"the {kind.upper()} holds several frames", where=uri,
                             todo="export the frames as single images")
         try:
             image.load()

@@ -1,7 +1,7 @@
 """SRC arguments -> a stream of Items, in an order that depends on nothing but names.
 
-A source is a folder (all images in it), a glob, a file, an fsspec URL of one of these, or a manifest
-(`.csv`, `.parquet`: manifests.py). Listing reads names, sizes and versions, never pixels. Memory is
+A source is a folder (all images in it), a glob, a file, an OME-Zarr (ome_zarr_items.py), an fsspec URL of one
+of these, or a table of images (`.csv`, `.parquet`: manifests.py). Listing reads names, sizes and versions, never pixels. Memory is
 bounded by the largest single folder (and 70 bytes per item when there are manifests).
 """
 
@@ -20,9 +20,10 @@ from dinoray.io import plates
 from dinoray.io.grouping import make_items
 from dinoray.io.items import Item
 from dinoray.io.manifests import is_manifest, manifest_items
+from dinoray.io.ome_zarr_items import zarr_items
 from dinoray.io.storage_errors import listing_errors
 from dinoray.io.stores import is_local, local_path, on_inputs
-from dinoray.io.walk import Entry, LocalTree, Matcher, RemoteTree, has_magic, walk
+from dinoray.io.walk import ZARR, Entry, LocalTree, Matcher, RemoteTree, count, has_magic, walk
 
 
 @dataclass
@@ -55,6 +56,8 @@ class _Request:
     matchers: list[Matcher] = field(default_factory=list)
     named: dict[str, set[str]] = field(default_factory=dict)
     """Files named one by one: {folder: names}."""
+    arrays: list[str] = field(default_factory=list)
+    """Zarr groups named one by one."""
 
     def entries(self, ignored: dict[str, int]) -> Iterator[list[Entry]]:
         """The wanted files, folder by folder."""
@@ -70,6 +73,8 @@ class _Request:
             paths = [(name, posixpath.join(folder, name)) for name in sorted(named[folder])]
             with listing_errors(self.tree.url(folder)):
                 yield [Entry(name, path, False, self.tree.ref(path)) for name, path in paths]
+        for path in sorted(set(self.arrays)):
+            yield [Entry(posixpath.basename(path), path, True)]
 
 
 def list_items(
@@ -105,15 +110,30 @@ def list_items(
     roots = [_add_source(source, requests, manifests) for source in sources]
     listing = ItemListing(iter(()), _common_root(roots) if root is None else root)
 
+    def arrays(request: _Request, entry: Entry) -> Iterator[Item]:
+        found = zarr_items(request.tree.url(entry.path), listing.root)
+        first = next(found, None)
+        if first is not None:
+            yield from itertools.chain([first], found)
+        elif entry.path in request.arrays:
+            raise BadRequest("a Zarr group without an OME-Zarr image or plate", where=request.tree.url(entry.path),
+                             todo="name the group that holds `multiscales` or `plate`, or export its planes as TIFF")
+        else:
+            count(listing.ignored, ".zarr folder")
+
     def listed() -> Iterator[Item]:
         for name in sorted(requests):
             folders = requests[name].entries(listing.ignored)
             if grouping is not None and grouping.whole_path:  # an image's channels may lie in several folders
-                folders = iter([[entry for files in folders for entry in files]])
-            for files in folders:
+                folders = iter([[entry for entries in folders for entry in entries]])
+            for entries in folders:
+                files = [entry for entry in entries if not entry.is_folder]
                 yield from make_items(files, listing.root, grouping, pattern == "auto", listing.ignored)
+                for entry in entries:
+                    if entry.is_folder:
+                        yield from arrays(requests[name], entry)
         for manifest in dict.fromkeys(manifests):
-            yield from manifest_items(manifest, listing.root)
+            yield from manifest_items(manifest, listing.root, listing.ignored)
 
     items = listed()
     if manifests:
@@ -126,7 +146,7 @@ def list_items(
         what = f"no image{' that matches ' + str(where) if where else ''}"
         raise BadRequest(f"{what}; {listing.describe_ignored() or 'nothing is there'}",
                          where=", ".join(sources[:5]),
-                         todo="images end in .tif .tiff .png .jpg .jpeg .bmp .gif or .webp")
+                         todo="images end in .tif .tiff .png .jpg .jpeg .bmp .gif or .webp, or are OME-Zarr folders")
     listing.items = itertools.chain([first], items)
     return listing
 
@@ -143,6 +163,9 @@ def _add_source(source: str, requests: dict[str, _Request], manifests: list[str]
         tree = RemoteTree(source)
         path, key = tree.path.rstrip("/"), source.split("://", 1)[0]
         magic = has_magic(path) and not key.startswith("http")
+        if key.startswith("http") and ZARR in path.lower():
+            raise BadRequest("an OME-Zarr over http(s) cannot be listed", where=source,
+                             todo="use the s3:// address of the same data, or a copy")
         with listing_errors(source):
             kind = "" if magic else on_inputs(source, lambda fs: fs.info(path)["type"])
         is_folder, is_file = kind == "directory", kind == "file"
@@ -158,9 +181,12 @@ def _add_source(source: str, requests: dict[str, _Request], manifests: list[str]
         request.named.setdefault(folder, set()).add(name)
         return tree.url(folder)
     base, glob = (path, "") if is_folder else _split_glob(path)
-    if base.lower().endswith((".zarr", ".n5")):
-        raise BadRequest("a Zarr or N5 array is a volume", where=source,
-                         todo="only image files are read so far; export its planes as TIFF")
+    if base.lower().endswith(".n5"):
+        raise BadRequest("an N5 array is a volume", where=source,
+                         todo="only images are read so far; export its planes as TIFF")
+    if is_folder and any(name.lower().endswith(ZARR) for name in base.split("/")):
+        request.arrays.append(base)
+        return tree.url(posixpath.dirname(base))
     if is_local(source) and not os.path.isdir(base):
         raise BadRequest("no such folder", where=base, todo=f"check the glob {source}")
     request.matchers.append(Matcher(base, glob))

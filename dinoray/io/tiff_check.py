@@ -16,6 +16,10 @@ from dinoray.io.raster import jpeg_size
 _TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4,
                16: 8, 17: 8, 18: 8}
 _MAX_TAGS = 4096
+_MAX_ALL_TAGS = 2**18
+"""Tags of all directories together: directories may overlap, so that a small file declares millions."""
+_MAX_NUMBERS = 2**20
+"""Numbers in a tag (they become Python objects of 36 bytes); a plane of 16384 x 16384 in tiles of 16 has as many."""
 _JPEG = {7, 33007}
 _JPEG2000 = {33003, 33004, 33005, 34712}
 _CODECS = {1, 5, 8, 32946, 32773, 34925, 50000} | _JPEG | _JPEG2000
@@ -26,7 +30,8 @@ def count_pages(data: bytes, uri: str, limits: Limits) -> int:
     """Walk the chain of directories; the number of pages.
 
     Raises ItemError `truncated` when a directory or the value of a tag lies behind the end of the file,
-    `too_large` for more than `limits.max_pages`, `decode` for a loop or thousands of tags.
+    `too_large` for more than `limits.max_pages`, or tags that are too many or too long together, `decode`
+    for a loop or thousands of tags in one directory.
     """
     order = "<" if data[:2] == b"II" else ">"
     big = data[2:4] in (b"+\0", b"\0+")
@@ -36,6 +41,7 @@ def count_pages(data: bytes, uri: str, limits: Limits) -> int:
         raise ItemError("truncated", "the TIFF ends within its header", where=uri)
     offset = struct.unpack_from(order + pointer, data, head)[0]
     seen: set[int] = set()
+    all_tags = all_bytes = 0
     while offset:
         if offset in seen:
             raise ItemError("decode", "the directories of the TIFF form a loop", where=uri)
@@ -48,12 +54,18 @@ def count_pages(data: bytes, uri: str, limits: Limits) -> int:
         tags = struct.unpack_from(order + count_format, data, offset)[0]
         if tags > _MAX_TAGS:
             raise ItemError("decode", f"a directory of {tags} tags", where=uri)
+        all_tags += tags
+        if all_tags > _MAX_ALL_TAGS:
+            raise ItemError("too_large", f"over {_MAX_ALL_TAGS:,} tags", where=uri)
         end = offset + count_bytes + tags * entry
         if end > len(data):
             raise ItemError("truncated", f"the TIFF ends within the directory of page {len(seen)}", where=uri)
         for at in range(offset + count_bytes, end, entry):
             code, kind, count = struct.unpack_from(order + "HH" + pointer, data, at)
             size = _TYPE_BYTES.get(kind, 0) * count
+            all_bytes += size
+            if count > _MAX_NUMBERS and _TYPE_BYTES.get(kind, 0) > 1 or all_bytes > 2 * len(data) + 2**24:
+                raise ItemError("too_large", f"a tag of {count:,} values in a file of {len(data):,} bytes", where=uri)
             if size > pointer_bytes:
                 value = struct.unpack_from(order + pointer, data, at + entry - pointer_bytes)[0]
                 if value + size > len(data):

@@ -42,6 +42,8 @@ def find_layout(tif: tifffile.TiffFile, pages: list[tifffile.TiffPage], uri: str
     metadata that contradict the pages.
     """
     page = pages[0]
+    if "<!ENTITY" in page.description:
+        raise ItemError("unsupported", "a description with a document type (entity expansion)", where=uri)
     if page.is_ome:
         found = ome.read_planes(tif.ome_metadata, len(pages), uri, limits)
         if found is not None:

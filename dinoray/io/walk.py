@@ -2,12 +2,13 @@
 
 The order is that of the code points of the names: within a folder its own files first, then its
 sub-folders; it depends neither on the file system nor on the locale. Memory holds one folder's files.
-Hidden files and folders, `_dinoray`, folders that are an output of dinoray, and Zarr/N5 arrays are
-skipped. A link to a folder is followed, unless it leads to or above what is listed already.
+Hidden files and folders, `_dinoray`, folders that are an output of dinoray, and N5 arrays are skipped; a
+`.zarr` folder is listed like a file. A link to a folder is followed, unless it leads to or above what is listed already.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -22,6 +23,7 @@ from dinoray.io.stores import filesystem, on_inputs
 
 IMAGE_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 _ARRAYS = (".zarr", ".n5")
+ZARR = ".zarr"
 _MAGIC = re.compile(r"[*?\[]")
 
 
@@ -90,6 +92,11 @@ class Matcher:
             return False
         return all(regex.fullmatch(name) for regex, name in zip(self._parts, names, strict=False))
 
+    def wants_array(self, path: str) -> bool:
+        """Whether a `.zarr` folder is wanted: the glob matches it or a folder above."""
+        below = self._below(path)
+        return bool(below) and (not self.glob or self._matches_folder(below))
+
     def wants_file(self, path: str) -> bool:
         """Whether the file is wanted."""
         below = self._below(path)
@@ -114,7 +121,7 @@ class LocalTree:
         found = []
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.is_dir():
+                if _is_folder(entry):
                     found.append(Entry(entry.name, entry.path, True, link=entry.is_symlink()))
                 elif is_image_name(entry.name):
                     found.append(Entry(entry.name, entry.path, False, self.ref(entry.path)))
@@ -128,6 +135,10 @@ class LocalTree:
             info = os.stat(path)
         except (FileNotFoundError, NotADirectoryError):
             return FileRef(path, -1, "missing")
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                return FileRef(path, -1, "missing")
+            raise
         if not stat.S_ISREG(info.st_mode):  # a FIFO would hang its reader
             return FileRef(path, -1, "missing")
         return FileRef(path, info.st_size, str(info.st_mtime_ns))
@@ -140,6 +151,15 @@ class LocalTree:
             return False
         linked.append(target)
         return True
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # links that lead to each other
+            return False
+        raise
 
 
 def _with_slash(path: str) -> str:
@@ -208,7 +228,8 @@ def walk(
 ) -> Iterator[tuple[str, list[Entry]]]:
     """(folder, its wanted files sorted by name) for `start` and everything below it.
 
-    Folders in `other_starts` are left to a walk of their own. `named` are files wanted whatever their
+    A `.zarr` folder that is wanted is one of the entries (`is_folder`), and never looked into. Folders in
+    `other_starts` are left to a walk of their own. `named` are files wanted whatever their
     extension, {folder: names}; what is met is taken out. What was passed over is counted in `ignored`, by
     extension. Raises OSError when a folder cannot be listed.
     """
@@ -225,9 +246,12 @@ def walk(
             if not entry.is_folder and entry.name in names:
                 files.append(entry)
             elif entry.name.startswith(".") or entry.name == "_dinoray":
-                continue
+                if not entry.is_folder and is_image_name(entry.name):  # ._x.tif: macOS puts one beside each file
+                    count(ignored, f"hidden .{entry.name.rpartition('.')[2].lower()}")
             elif entry.is_folder:
-                if entry.name.lower().endswith(_ARRAYS):
+                if entry.name.lower().endswith(ZARR) and any(m.wants_array(entry.path) for m in matchers):
+                    files.append(entry)
+                elif entry.name.lower().endswith(_ARRAYS):
                     count(ignored, os.path.splitext(entry.name)[1].lower() + " folder")
                 elif entry.link and not tree.follow(entry.path, start, linked):
                     count(ignored, "link to a folder in the listing")
@@ -238,10 +262,11 @@ def walk(
             else:
                 count(ignored, os.path.splitext(entry.name)[1].lower() or "no extension")
         if files:
-            yield folder, [f if f.file else replace(f, file=tree.ref(f.path)) for f in files]
+            yield folder, [f if f.file or f.is_folder else replace(f, file=tree.ref(f.path)) for f in files]
         pending += reversed(folders)
 
 
-def count(ignored: dict[str, int], kind: str) -> None:
-    """One more file of this kind was passed over."""
-    ignored[kind] = ignored.get(kind, 0) + 1
+def count(ignored: dict[str, int], kind: str, number: int = 1) -> None:
+    """So many more files of this kind were passed over."""
+    if number:
+        ignored[kind] = ignored.get(kind, 0) + number

@@ -99,6 +99,7 @@ def test_two_inputs_with_one_id_are_both_quarantined(pictures: Path, tmp_path: P
     table = ledger.quarantine(list(ledger.receipts(plan.unit_ids)))
     assert table["item_id"].to_pylist() == ["one", "one"]
     assert set(table["reason"].to_pylist()) == {"duplicate_id"}
+    assert ["rgb2.png has" in table["message"][0].as_py(), "rgb0.png has" in table["message"][1].as_py()] == [True, True]
     check_whole(out)
     rows = open_features(str(out)).table(["item_id", "Metadata_Plate"]).to_pylist()
     assert [(r["item_id"], r["Metadata_Plate"]) for r in rows] == [("two", "P1"), ("three", "P1")]

@@ -330,7 +330,7 @@ def test_records_that_cannot_be_read_are_named_not_overwritten(images: Path, cle
     (PermissionError(errno.EACCES, "Permission denied"), SystemicError)])
 def test_storage_trouble_while_reading_quarantines_nothing(images: Path, clean: Path, tmp_path: Path, error: OSError,
                                                           kind: type[Exception]) -> None:
-    from dinoray.io import images as module
+    from dinoray.io import reading as module
 
     out = tmp_path / "out"
     interrupted(images, out)

@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dinoray.errors import BadRequest
+from dinoray.io.plate_folders import plate_folder
 from dinoray.io.plates import MAX_NAME, SHIPPED, detect, format_well, get_pattern, parse, row_letters
+from dinoray.io.sources import list_items
 from tests.realdata import data_folder
 
 GUID = "7B1A9C3E-12AB-4CDE-8F00-0123456789AB"
@@ -239,3 +241,84 @@ def test_phenix_names_of_real_data():
     found = [parse(SHIPPED["phenix"], name) for name in names]
     assert {f.key_without_channel for f in found} == {"r03c03f03p01-sk1fk1fl1.tiff"}
     assert [f.channel for f in found] == [f"ch{i}" for i in range(1, 7)]
+
+
+# ---- folders of plates
+
+
+@pytest.mark.parametrize(
+    "folder, well, path, plate, metadata",
+    [
+        ("/d/BR1__2020-11-08T18_18_23-Measurement1/Images", "C03", "/d/BR1__2020-11-08T18_18_23-Measurement1", "BR1",
+         {"PlateFolder": "BR1__2020-11-08T18_18_23-Measurement1"}),
+        ("/d/A_x__2021-05-02T16_02_51-Measurement 12", "C03", "/d/A_x__2021-05-02T16_02_51-Measurement 12", "A_x",
+         {"PlateFolder": "A_x__2021-05-02T16_02_51-Measurement 12"}),
+        ("/d/P9/TimePoint_1/ZStep_02", None, "/d/P9", "P9", {"Time": "1", "Plane": "2"}),
+        ("/d/P9/timepoint_10", None, "/d/P9", "P9", {"Time": "10"}),
+        ("/d/P9/A01", "A01", "/d/P9", "P9", {}),
+        ("/d/P12", "A01", "/d/P12", "P12", {}),  # a plate may be called like a well
+        ("s3://b/x/P9/Images", None, "s3://b/x/P9", "P9", {}),
+        ("s3://b", None, "s3://b", "b", {}),
+        ("/", None, "", "", {}),
+        ("/Images", None, "", "", {}),
+    ],
+)
+def test_plate_folder(folder, well, path, plate, metadata):
+    found = plate_folder(folder, well)
+    assert (found.path, found.plate) == (path, plate)
+    assert found.metadata == {f"Metadata_{k}": v for k, v in metadata.items()}
+
+
+def items_of(root, names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+    listing = list_items([str(root)])
+    return list(listing.items), listing
+
+
+def test_harmony_export(tmp_path):
+    """Two measurements of one plate, and a plate of the same name elsewhere: three scalings, nothing mixed."""
+    first, second = (f"BR00117035__2021-05-02T16_02_51-Measurement {n}" for n in (1, 2))
+    names = [f"{top}/Images/r01c{c:02d}f01p01-ch{ch}sk1fk1fl1.tiff" for top in (first, second, f"old/{first}")
+             for c in (1, 2) for ch in (1, 2)]
+    items, listing = items_of(tmp_path, [*names, f"{first}/Images/Index.xml", f"{first}/Images/Index.ref.txt"])
+    assert len(items) == 6 and {i.plate for i in items} == {"BR00117035"} and all(i.problem is None for i in items)
+    assert {i.group for i in items} == {first, second, f"old/{first}"}
+    assert all(i.metadata["Metadata_PlateFolder"] in i.item_id and i.metadata["Metadata_Well"] in ("A01", "A02") for i in items)
+    assert listing.ignored == {".xml": 1, ".txt": 1}
+
+
+def test_imagexpress_export(tmp_path):
+    """MetaXpress: experiment/date/plate number/TimePoint_1/ZStep_1, with and without a plate in the name."""
+    names = [f"exp/2021-05-02/{number}/TimePoint_1/ZStep_{z}/{prefix}B02_s{s}_w{w}{GUID}.TIF" for number, prefix in
+             ((411, ""), (412, ""), (413, "BR1_"), (414, "BR1_")) for z in (1, 2) for s in (1, 2) for w in (1, 2)]
+    items, listing = items_of(tmp_path, [*names, f"exp/2021-05-02/411/TimePoint_1/ZStep_1/B02_s1_w1_thumb{GUID}.TIF"])
+    assert len(items) == 16 and listing.ignored == {"thumbnail": 1}
+    assert {(i.plate, i.group) for i in items} == {
+        ("411", "exp/2021-05-02/411"), ("412", "exp/2021-05-02/412"), ("BR1", "exp/2021-05-02/413/BR1"),
+        ("BR1", "exp/2021-05-02/414/BR1")}
+    assert {(i.metadata["Metadata_Plane"], i.metadata["Metadata_Time"]) for i in items} == {("1", "1"), ("2", "1")}
+    assert all(i.channels == ("w1", "w2") and i.problem is None for i in items)
+
+
+def test_cellvoyager_export(tmp_path):
+    """CV8000: correction images of the camera lie beside, and unnamed plates are called after their kind."""
+    files = [f"{{}}_{well}_T0001F{f:03d}L01A{c:02d}Z01C{c:02d}.tif" for well in ("A01", "P24") for f in (1, 2) for c in (1, 2)]
+    names = [f"{folder}/{name.format(prefix)}" for folder, prefix in (
+        ("20210502T1/APTJUM105", "APTJUM105"), ("m1", "AssayPlate_Greiner_#655090"), ("m2", "AssayPlate_Greiner_#655090"))
+        for name in files]
+    extra = [f"{folder}/{name}" for folder in ("m1", "m2") for name in
+             ("DC_sCMOS #1_CAM1.tif", "SC_BP445-45_40x_M10_CH01.tif", "MeasurementData.mlf")]
+    items, listing = items_of(tmp_path, names + extra)
+    assert {(i.plate, i.group) for i in items} == {("APTJUM105", "20210502T1/APTJUM105"), ("m1", "m1"), ("m2", "m2")}
+    assert len(items) == 12 and all(i.channels == ("C01", "C02") and i.problem is None for i in items)
+    assert items[-1].metadata == {"Metadata_Plate": "m2", "Metadata_PlateType": "AssayPlate_Greiner_#655090",
+                                  "Metadata_Well": "P24", "Metadata_Time": "1", "Metadata_Site": "2", "Metadata_Plane": "1"}
+    assert listing.ignored == {"camera correction image": 4, ".mlf": 2}
+
+
+def test_a_plate_in_one_folder_per_well_is_one_plate(tmp_path):
+    names = [f"P7/{well}/P7_{well}_T0001F001L01A01Z01C01.tif" for well in ("A01", "A02", "H12")]
+    items, _ = items_of(tmp_path, names)
+    assert {(i.plate, i.group) for i in items} == {("P7", "P7")} and len(items) == 3

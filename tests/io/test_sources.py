@@ -24,6 +24,8 @@ from dinoray.io.images import load_item
 from dinoray.io.items import FileRef
 from dinoray.io.sources import list_items
 from dinoray.io.walk import LocalTree
+from tests.conftest import texture
+from tests.omezarr import write_plate
 from tests.realdata import data_folder
 
 PHENIX = "r{row:02d}c{col:02d}f{site:02d}p01-ch{channel}sk1fk1fl1.tiff"
@@ -81,8 +83,8 @@ def test_folder_lists_images_sorted_and_counts_the_rest(tmp_path):
     items = list(listing.items)
     assert [i.item_id for i in items] == ["a.TIF", "b.png", "sub/z.jpeg", "sub/deep/y.ome.tiff"]
     assert [i.group for i in items] == [".", ".", "sub", "sub/deep"]
-    assert listing.root == str(tmp_path) and listing.num_ignored == 5
-    assert listing.ignored == {".txt": 2, ".csv": 1, "no extension": 1, ".zarr folder": 1}
+    assert listing.root == str(tmp_path) and listing.num_ignored == 6
+    assert listing.ignored == {".txt": 2, ".csv": 1, "no extension": 1, ".zarr folder": 1, "hidden .png": 1}
     assert "2 .txt" in listing.describe_ignored()
     info = os.stat(tmp_path / "b.png")
     assert items[1].files == (FileRef(str(tmp_path / "b.png"), 5, str(info.st_mtime_ns)),)
@@ -241,12 +243,14 @@ def test_a_name_with_brackets_is_a_name_when_it_exists(tmp_path):
 
 
 def test_refusals(tmp_path):
-    touch(tmp_path, "notes.txt", "vol.zarr/zarr.json")
+    touch(tmp_path, "notes.txt", "vol.zarr/.zarray", "em.n5/attributes.json")
     assert "no such file" in str(refused(tmp_path / "nothing"))
     assert "no such file" in str(refused(tmp_path / "nothing.csv"))
     assert "no such folder" in str(refused(tmp_path / "nothing" / "*.png"))
     assert "1 .txt" in str(refused(tmp_path))
-    assert "volume" in str(refused(tmp_path / "vol.zarr"))
+    assert "without an OME-Zarr image" in str(refused(tmp_path / "vol.zarr"))
+    assert "volume" in str(refused(tmp_path / "em.n5"))
+    assert "s3://" in str(refused("https://127.0.0.1:9/a.zarr/0"))
     refused(tmp_path / "*.png")
     refused()
     refused("nosuch://bucket/x")
@@ -349,7 +353,8 @@ def test_channel_sets_are_per_plate(tmp_path):
 @pytest.mark.parametrize(
     "folder, expected",
     [
-        ("BR1__2020-11-08T18_18_23-Measurement1/Images", "BR1__2020-11-08T18_18_23-Measurement1"),
+        ("BR1__2020-11-08T18_18_23-Measurement1/Images", "BR1"),
+        ("BR_1__x__2020-11-08T18_18_23-Measurement 12", "BR_1__x"),
         ("P9", "P9"),
         ("P9/TimePoint_1/ZStep_2", "P9"),
         ("P9/images", "P9"),
@@ -642,6 +647,30 @@ def test_s3_listing_and_reading(s3):
     assert item.files[0].uri == "s3://lab/batch/BR1/Images/r03c03f03p01-ch1sk1fk1fl1.tiff"
     assert item.files[0].version == etag.strip('"') and '"' not in item.files[0].version
     np.testing.assert_array_equal(load_item(item).image.pixels, [array, array * 2])
+
+
+def test_s3_plate_of_ome_zarr_and_a_load_data_table(s3, tmp_path):
+    fields = [texture((2, 40, 40), i, "uint16") for i in range(2)]
+    top = write_plate(tmp_path / "BR1.zarr", {"A/1": fields, "A/10": fields[:1]}, version="0.5")
+    s3.put(str(top), "lab/p/BR1.zarr", recursive=True)
+    s3.pipe_file("lab/p/BR1.zarr/A/1/00/zarr.json", b"{}")  # a name that begins like a field's
+    for source in ("s3://lab/p", "s3://lab/p/BR1.zarr", "s3://lab/p/BR1.zarr/", "s3://lab/*/BR*.zarr"):
+        items = listed(source)
+        assert [i.item_id.removeprefix("p/") for i in items] == [f"BR1.zarr/{path}" for path in ("A/1/0", "A/1/1", "A/10/0")]
+    np.testing.assert_array_equal(load_item(items[1]).image.pixels, fields[1])
+    s3.pipe_file("lab/p/BR1.zarr/A/1/1/0/c/0/0/0", b"other bytes")
+    with pytest.raises(ItemError) as caught:
+        load_item(items[1])
+    assert caught.value.reason == "changed"
+    data = io.BytesIO()
+    tifffile.imwrite(data, fields[0][0])
+    s3.pipe_file("lab/jump/images/BR1/Images/a+b c.tiff", data.getvalue())
+    s3.pipe_file("lab/jump/load_data.csv", b"FileName_OrigDNA,PathName_OrigDNA,Metadata_Plate,Metadata_Well,Metadata_Site\n"
+                 b"a+b c.tiff,s3://lab/jump/images/BR1/Images/,BR1,A01,1\na+b c.tiff,images/BR1/Images,BR1,A01,2\n")
+    items = listed("s3://lab/jump/load_data.csv")
+    assert [(i.item_id, i.channels, i.files[0].uri) for i in items] == [
+        (f"BR1/A01-{n}", ("DNA",), "s3://lab/jump/images/BR1/Images/a+b c.tiff") for n in (1, 2)]
+    np.testing.assert_array_equal(load_item(items[0]).image.pixels[0], fields[0][0])
 
 
 def test_s3_sources(s3):
