@@ -153,20 +153,21 @@ def test_flaky_and_throttled_s3_completes_with_the_same_bytes_and_counted_retrie
     proxy.reseed()
     proxy.hits.clear()
     proxy.seen.clear()
-    proxy.rules = [Rule(fault, share=0.06, seconds=0.02) for fault in
+    proxy.most_per_path = 2
+    proxy.rules = [Rule(fault, share=0.07, seconds=0.02) for fault in
                    ("slow_down", "internal", "reset", "lost_answer", "truncate", "latency")]
     proxy.rules.append(Rule("stall", lambda r: r.method == "GET", share=0.1, seconds=4, most=3))
     # each unit meets one for certain
     proxy.rules.insert(0, Rule("slow_down", put_of_data, most=2))
     env = {**aws_environment(proxy.url), "DINORAY_STORAGE_TIMEOUT_S": "2"}
     done = extract("s3://e2e-lab/images", "s3://e2e-lab/flaky", env=env)
-    proxy.rules = []
+    proxy.rules, proxy.most_per_path = [], None
     assert done.returncode == 0, done.stdout + done.stderr
     found = objects(proxy, "flaky")
     assert data_of(found) == data_of(calm)
     receipts = receipts_of(found)
     kinds = {kind for receipt in receipts for kind in receipt["retries"]}
-    total = sum(sum(receipt["retries"].values()) for receipt in receipts)
+    total = sum(n for receipt in receipts for kind, n in receipt["retries"].items() if kind != "timeout")  # a busy machine adds some
     assert kinds <= {"throttled", "server_error", "timeout", "connection", "truncated"}
     assert 2 <= total <= sum(proxy.hits.values()) + 5, (total, proxy.hits)
     assert sum(receipt["quarantined"] for receipt in receipts) == 0
@@ -213,6 +214,7 @@ def test_a_public_bucket_without_any_credentials_to_a_local_folder(behind, tmp_p
     assert done.returncode == 1 and "writing to S3 needs credentials" in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_a_public_bucket_that_refuses_our_credentials_and_an_own_one_in_one_run(behind, calm) -> None:
     proxy, _ = behind
     proxy.rules = [Rule("denied", lambda request: request.signed and request.path.startswith("/e2e-public")),

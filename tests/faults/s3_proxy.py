@@ -73,6 +73,8 @@ class Proxy:
     seen: list[Request] = field(default_factory=list)
     hits: dict[str, int] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    most_per_path: int | None = None
+    """No request (by method and path) meets more faults than this: with it, no call can run out of tries by bad luck."""
 
     def __post_init__(self):
         self.reseed()
@@ -80,15 +82,18 @@ class Proxy:
     def reseed(self) -> None:
         """Start the chances anew."""
         self._random = random.Random(self.seed)
+        self._met: dict[tuple[str, str], int] = {}
 
     def note(self, method: str, path: str, headers: dict[str, str]) -> tuple[Request, Rule | None]:
         """Number a request and choose what happens to it."""
         with self.lock:
             request = Request(len(self.seen), method, path, headers)
             self.seen.append(request)
-            for rule in self.rules:
+            met = self._met.get((method, path), 0)
+            for rule in self.rules if self.most_per_path is None or met < self.most_per_path else ():
                 if (rule.most is None or rule.hits < rule.most) and rule.when(request) and self._random.random() < rule.share:
                     rule.hits += 1
+                    self._met[method, path] = met + 1
                     self.hits[rule.fault] = self.hits.get(rule.fault, 0) + 1
                     return request, rule
         return request, None

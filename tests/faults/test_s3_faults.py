@@ -49,7 +49,7 @@ def proxy(served: Proxy, monkeypatch: pytest.MonkeyPatch) -> Proxy:
     monkeypatch.setattr(retries, "LONGEST_WAIT_S", 0.01)
     for memory in (s3._public, s3._told):
         memory.clear()
-    served.rules, served.hits = [], {}
+    served.rules, served.hits, served.most_per_path = [], {}, None
     served.reseed()
     served.bucket = f"b{uuid.uuid4().hex}"  # type: ignore[attr-defined]
     served.client.create_bucket(Bucket=served.bucket)  # type: ignore[attr-defined]
@@ -144,7 +144,8 @@ def test_every_page_of_a_listing_has_tries_of_its_own(proxy: Proxy) -> None:
 def test_threads_on_a_store_that_does_everything_wrong(proxy: Proxy, monkeypatch) -> None:
     monkeypatch.setattr(s3, "SILENCE_S", 1.0)
     store = filled(proxy)
-    proxy.rules = [Rule(fault, share=0.05, seconds=1.5 if fault == "stall" else 0.01, most=4 if fault == "stall" else None)
+    proxy.most_per_path = 2
+    proxy.rules = [Rule(fault, share=0.07, seconds=1.5 if fault == "stall" else 0.01, most=4 if fault == "stall" else None)
                    for fault in ("slow_down", "internal", "reset", "lost_answer", "truncate", "stall", "latency")]
     counts = RetryCount()
 
