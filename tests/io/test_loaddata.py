@@ -141,6 +141,7 @@ def test_ids_are_unique_and_duplicates_are_told(tmp_path):
         ({"URL_DNA": "simplecache::s3://b/x"}, "chained"),
         ({"URL_DNA": "s3://b/x::http://evil.example"}, "chained"),
         ({"URL_DNA": "reference://x"}, "chained"),
+        ({"URL_DNA": "file:/zip::http://evil.example/x.zip"}, "within"),
         ({"URL_DNA": "ssh://host/x.tif"}, "chained"),
         ({"URL_DNA": "https://user:hunter2@example.org/a.tif"}, "password"),
         ({"FileName_DNA": "a.tif", "Frame_DNA": "3"}, "plane inside"),
