@@ -33,20 +33,20 @@ class LoadData:
     def __init__(self, names: list[str], uri: str):
         columns: dict[str, dict[str, int]] = {}
         self.metadata: dict[int, str] = {}
-        self.passed_over = {"illumination columns": 0, "other columns": 0}
+        self.passed_over = {"illumination column": 0, "other column": 0}
         """Columns of the table that are no images and no metadata: {kind: count}."""
         for i, name in enumerate(names):
             match, metadata = _COLUMN.fullmatch(name.strip()), _METADATA.fullmatch(name.strip())
             if metadata:
                 self.metadata[i] = _STANDARD.get(metadata[1].lower(), f"Metadata_{metadata[1]}")
             elif match and match[2].startswith("Illum"):
-                self.passed_over["illumination columns"] += match[1] in ("FileName", "URL")
+                self.passed_over["illumination column"] += match[1] in ("FileName", "URL")
             elif match:
                 if match[1] in columns.setdefault(match[2], {}):
                     raise BadRequest(f"two columns {match[1]}_{match[2]}", where=uri, todo="remove one of them")
                 columns[match[2]][match[1]] = i
             else:
-                self.passed_over["other columns"] += 1
+                self.passed_over["other column"] += 1
         images = {image: found for image, found in columns.items() if found.keys() & {"FileName", "URL"}}
         self.channels = tuple(_ORIG.sub("", image, count=1) if _ORIG.match(image) else image for image in images)
         self._images = tuple(images.values())

@@ -43,6 +43,8 @@ def from_cell(text: str, folder: str) -> str:
     if url is not None:
         if (url["host"] or "").lower() not in ("", "localhost"):
             raise bad_path("a file of another machine", text)
+        if "://" in url["path"]:  # it would be taken for a URL
+            raise bad_path("a URL within a URL", text)
         return url["path"]
     if "://" in text:
         protocol = text.split("://", 1)[0].lower()

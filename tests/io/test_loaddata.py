@@ -79,7 +79,7 @@ def test_jump_table(tmp_path, form, path):
         "Metadata_Source": "source_4", "Metadata_Batch": "2021_04_26_Batch1", "Metadata_Plate": "BR00117035",
         "Metadata_Well": "A01", "Metadata_Site": "1"}
     assert items[0].group == "source_4/2021_04_26_Batch1/BR00117035" and items[0].plate == "BR00117035"
-    assert listing.ignored == {f"illumination columns of {file.name}": 5} and "illumination" in listing.describe_ignored()
+    assert listing.ignored == {f"illumination column of {file.name}": 5} and "illumination" in listing.describe_ignored()
     image = load_item(items[3]).image
     assert image.pixels.shape == (5, 16, 16) and image.channel_names == CHANNELS
     assert (image.pixels[4] == tifffile.imread(folder / "r01c02f02p01-ch5sk1fk1fl1.tiff")).all()
@@ -106,7 +106,7 @@ def test_columns_of_image_tables_and_names_of_channels(tmp_path):
     assert item.channels == ("Hoechst", "Orig", "Original")
     assert item.metadata == {"Metadata_Plate": "P", "Metadata_Well": "A01", "Metadata_Drug": "x"}
     assert item.item_id == "a.tif"  # without a site the path is the id
-    assert listing.ignored == {"other columns of Image.csv": 2}
+    assert listing.ignored == {"other column of Image.csv": 2}
 
 
 def test_ids_are_unique_and_duplicates_are_told(tmp_path):
@@ -141,6 +141,7 @@ def test_ids_are_unique_and_duplicates_are_told(tmp_path):
         ({"URL_DNA": "simplecache::s3://b/x"}, "chained"),
         ({"URL_DNA": "s3://b/x::http://evil.example"}, "chained"),
         ({"URL_DNA": "reference://x"}, "chained"),
+        ({"URL_DNA": "file:/zip::http://evil.example/x.zip"}, "within"),
         ({"URL_DNA": "ssh://host/x.tif"}, "chained"),
         ({"URL_DNA": "https://user:hunter2@example.org/a.tif"}, "password"),
         ({"FileName_DNA": "a.tif", "Frame_DNA": "3"}, "plane inside"),
@@ -210,12 +211,12 @@ def test_a_long_table_streams(tmp_path):
     (tmp_path / "a.tif").write_bytes(b"x")
     with (tmp_path / "l.csv").open("w") as file:
         file.write("FileName_DNA,Metadata_Plate,Metadata_Well,Metadata_Site,Metadata_Note\n")
-        file.writelines(f"a.tif,P,A01,{i},{'n' * 100}\n" for i in range(20_000))
+        file.writelines(f"a.tif,P,A01,{i},{'n' * 100}\n" for i in range(8_000))
     tracemalloc.start()
-    assert sum(1 for _ in list_items([str(tmp_path / "l.csv")]).items) == 20_000
+    assert sum(1 for _ in list_items([str(tmp_path / "l.csv")]).items) == 8_000
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 20e6
+    assert peak < 12e6
 
 
 NAMES = st.sampled_from(["FileName_DNA", "FileName_OrigDNA", "PathName_DNA", "URL_ER", "FileName_IllumDNA", "Frame_DNA",
