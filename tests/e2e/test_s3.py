@@ -167,7 +167,8 @@ def test_flaky_and_throttled_s3_completes_with_the_same_bytes_and_counted_retrie
     assert data_of(found) == data_of(calm)
     receipts = receipts_of(found)
     kinds = {kind for receipt in receipts for kind in receipt["retries"]}
-    total = sum(n for receipt in receipts for kind, n in receipt["retries"].items() if kind != "timeout")  # a busy machine adds some
+    # a busy machine adds time-outs of its own
+    total = sum(n for receipt in receipts for kind, n in receipt["retries"].items() if kind != "timeout")
     assert kinds <= {"throttled", "server_error", "timeout", "connection", "truncated"}
     assert 2 <= total <= sum(proxy.hits.values()) + 5, (total, proxy.hits)
     assert sum(receipt["quarantined"] for receipt in receipts) == 0
