@@ -8,6 +8,7 @@ Hidden files and folders, `_dinoray`, folders that are an output of dinoray, and
 
 from __future__ import annotations
 
+import datetime
 import errno
 import os
 import re
@@ -208,6 +209,8 @@ class RemoteTree:
             or info.get("updated") or info.get("created")
         if version is None:
             version = self.fs.ukey(path)
+        if isinstance(version, float):  # the memory file system says it so when it lists, else as a datetime
+            version = datetime.datetime.fromtimestamp(version, datetime.UTC)
         text = version.isoformat() if hasattr(version, "isoformat") else str(version)
         size = info.get("size")
         return FileRef(self.fs.unstrip_protocol(path), -1 if size is None else int(size), text.strip('"'))
