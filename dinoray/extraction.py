@@ -1,4 +1,4 @@
-"""`extract_images`: the whole life of a job, from listing to `_SUCCESS`. What the CLI and jobs/ call.
+"""`extract_images`: the whole life of a job (of images or of cells), from listing to `_SUCCESS`. What the CLI and jobs/ call.
 
 resolve -> record the request -> list -> statistics units -> seal the plan -> units in rounds -> verify.
 Every step can be killed and is found again by the next run of the same command.
@@ -18,10 +18,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from dinoray.config import ExtractImagesJob, canonical_json
+from dinoray.config import ExtractCellsJob, ExtractJob, canonical_json
 from dinoray.errors import BadRequest, ChangedRequest, OutputDamaged, TooManyFailures
 from dinoray.failpoints import reach
-from dinoray.io.sources import list_items
+from dinoray.inputs import list_inputs
 from dinoray.io.stores import LocalStore, Store, is_local, local_path, open_store
 from dinoray.ledger import Ledger, Receipt, Tally
 from dinoray.memory.meter import available_cores
@@ -30,7 +30,7 @@ from dinoray.progress import Progress
 from dinoray.resolve import Resolved, resolve
 from dinoray.runners.build import RunnerSpec, build_runner
 from dinoray.runners.local import run_units
-from dinoray.units import Plan, PlanWriter, fingerprint_of
+from dinoray.units import CELL_ITEM_SCHEMA, ITEM_SCHEMA, Plan, PlanWriter, fingerprint_of
 from dinoray.verification import verify_fast
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Outcome:
         return 3 if self.tally.quarantined else 0
 
 
-def extract_images(job: ExtractImagesJob, say: Callable[[str], None] = print, *, command: str = "") -> Outcome:
+def extract_images(job: ExtractJob, say: Callable[[str], None] = print, *, command: str = "") -> Outcome:
     """Run the job to its end (or resume it). `say` gets the lines meant for the user.
 
     Raises BadRequest (nothing was run), ChangedRequest (the output belongs to another request),
@@ -68,7 +68,7 @@ def extract_images(job: ExtractImagesJob, say: Callable[[str], None] = print, *,
     command = command or resume_command(job)
     sealed = _check_request(store, resolved)
     say(f"dinoray {resolved.fingerprint}  {resolved.description}  output {job.out}  resume with: {command}")
-    listing = list_items(list(job.sources), pattern=job.pattern, where=dict(job.where), limit=job.limit)
+    listing = list_inputs(job)
     progress = Progress(say)
     with progress, contextlib.closing(LocalPool(job, resolved) if job.no_ray else RayPool(job, resolved, say)) as pool, \
             spool_items(listing.items, sample=job.scaling_sample if job.scaling == "plate" and not sealed else 0) as spool:
@@ -108,7 +108,7 @@ def extract_images(job: ExtractImagesJob, say: Callable[[str], None] = print, *,
         progress.begin("images", total=plan.num_items, tally=tally)
         if plan.pending(done):
             store.delete("_SUCCESS")  # it spoke of an output that was whole
-            pool(RunnerSpec("image-features", job.out, job=resolved.job.model_dump(mode="json"),
+            pool(RunnerSpec(job.runner, job.out, job=resolved.job.model_dump(mode="json"),
                             weights=None if job.no_ray else resolved.weights_location(), digest=resolved.digest),
                  lambda: plan.pending(ledger.done()), on_receipt)
         progress.end()
@@ -203,7 +203,7 @@ def _seal(store: Store, resolved: Resolved, spool: Spool, root: str) -> Plan:
         scaling = read_scaling(pq.read_table(io.BytesIO(store.get("_dinoray/plan/scaling.parquet"))))
         salt = lambda groups: canonical_json({g: scaling.get(g) for g in sorted(groups)})  # noqa: E731
     writer = PlanWriter(store, "_dinoray", resolved.fingerprint, max_items=job.unit_items, max_bytes=job.unit_bytes,
-                        group_salt=salt)
+                        group_salt=salt, schema=CELL_ITEM_SCHEMA if isinstance(job, ExtractCellsJob) else ITEM_SCHEMA)
     write_plan(spool, writer, root=root, numerics=resolved.numerics, described=resolved.described)
     return Plan(store)
 
@@ -211,7 +211,7 @@ def _seal(store: Store, resolved: Resolved, spool: Spool, root: str) -> Plan:
 class LocalPool:
     """Runs units in this process."""
 
-    def __init__(self, job: ExtractImagesJob, resolved: Resolved):
+    def __init__(self, job: ExtractJob, resolved: Resolved):
         self.job, self.resolved = job, resolved
 
     def close(self) -> None:
@@ -222,14 +222,14 @@ class LocalPool:
         cores = available_cores()
         spec = replace(spec, decode_threads=self.job.decode_threads or max(2, cores),
                        compute_threads=self.job.compute_threads or cores)
-        backbone = self.resolved.backbone if spec.kind == "image-features" else None
+        backbone = self.resolved.backbone if spec.kind == self.job.runner else None
         run_units(lambda: build_runner(spec, backbone), recompute_pending(), on_receipt)
 
 
 class RayPool:
     """Runs units on Ray actors. Ray is started or joined at the first use: not for planning, not for nothing."""
 
-    def __init__(self, job: ExtractImagesJob, resolved: Resolved, say: Callable[[str], None]):
+    def __init__(self, job: ExtractJob, resolved: Resolved, say: Callable[[str], None]):
         self.job, self.resolved, self.say = job, resolved, say
         self._local: bool | None = None
 
@@ -254,13 +254,13 @@ class RayPool:
         from dinoray.cluster.resources import actor_shape
 
         self._connect()
-        device = self.resolved.device if spec.kind == "image-features" else "cpu"
+        device = self.resolved.device if spec.kind == self.job.runner else "cpu"
         shape = actor_shape(self.job.workers, device=device, decode_threads=self.job.decode_threads,
                             compute_threads=self.job.compute_threads)
         threads = max(2, shape.num_cpus - (device == "cuda"))
         spec = replace(spec, decode_threads=self.job.decode_threads or threads,
                        compute_threads=self.job.compute_threads or shape.num_cpus)
-        if spec.kind == "image-features":
+        if spec.kind == self.job.runner:
             self.resolved.release()  # its weights are staged by now; the actors hold the model, the driver need not
         run_on_ray(spec, recompute_pending, on_receipt, shape=shape, rounds=self.job.rounds,
                    stall_timeout_s=self.job.stall_timeout_s)
@@ -279,6 +279,8 @@ def _finish(store: Store, plan: Plan, ledger: Ledger, outcome: Outcome, say: Cal
     if tally.quarantined:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(tally.reasons.items()))
         bad = f", {tally.quarantined} quarantined ({reasons})"
+    if outcome.verified["without_objects"]:
+        bad += f", {outcome.verified['without_objects']} without objects"
     if tally.degraded_units:
         bad += f", {tally.degraded_units} units with degraded numerics"
     say(f"look at it: dinoray report {shlex.quote(outcome.out)}")
@@ -287,17 +289,19 @@ def _finish(store: Store, plan: Plan, ledger: Ledger, outcome: Outcome, say: Cal
     return outcome
 
 
-def absolute(job: ExtractImagesJob) -> ExtractImagesJob:
+def absolute(job: ExtractJob) -> ExtractJob:
     """The job with absolute local paths, so that its resume command works from any folder."""
     paths = {source: str(local_path(source)) if is_local(source) else source for source in job.sources}
     out = str(local_path(job.out)) if is_local(job.out) else job.out.rstrip("/")
-    return job.model_copy(update={"sources": tuple(paths.values()), "out": out})
+    others = {name: str(local_path(url)) for name in ("labels", "centroids")
+              if (url := getattr(job, name, None)) is not None and is_local(url)}
+    return job.model_copy(update={"sources": tuple(paths.values()), "out": out, **others})
 
 
-def resume_command(job: ExtractImagesJob) -> str:
+def resume_command(job: ExtractJob) -> str:
     """A command line that runs the same job again."""
     last = ["--", *job.sources] if any(source.startswith("-") for source in job.sources) else []
-    words = ["dinoray", "extract", "images", *([] if last else job.sources), "--out", job.out]
+    words = ["dinoray", "extract", job.command, *([] if last else job.sources), "--out", job.out]
     default = type(job).model_fields
     for name, value in job.model_dump(mode="json").items():
         if name in ("sources", "out") or value == default[name].get_default(call_default_factory=True):

@@ -28,8 +28,8 @@ from dinoray.io.storage_errors import listing_errors
 from dinoray.io.stores import filesystem, is_local, local_path
 from dinoray.io.walk import LocalTree, RemoteTree
 
-_FILE_COLUMNS = ("uri", "path", "image", "file")
-_ID_COLUMNS = ("item_id", "id")
+FILE_COLUMNS = ("uri", "path", "image", "file")
+ID_COLUMNS = ("item_id", "id")
 _STANDARD = {name.lower(): f"Metadata_{name}" for name in ("Source", "Batch", "Plate", "Well", "Site")}
 _THREADS = 16
 _ROWS = 2048
@@ -47,15 +47,14 @@ def manifest_items(uri: str, root: str) -> Iterator[Item]:
     A row without a file has the problem `missing`, one that lacks a channel `channel_count`. Raises
     BadRequest when the table cannot be read, lacks the needed columns, or holds columns that are no values.
     """
-    opener = _csv_batches if uri.lower().endswith(".csv") else _parquet_batches
     folder, row = posixpath.dirname(uri), 0
     stat = _Stat()
     with ThreadPoolExecutor(_THREADS) as pool:
         columns = None
-        for batch in opener(uri):
+        for batch in table_batches(uri):
             columns = columns or _Columns(batch.schema.names, uri)
             columns_of_batch = zip(batch.schema.names, batch.columns, strict=True)
-            values = [_strings(column, name, uri) for name, column in columns_of_batch]
+            values = [strings(column, name, uri) for name, column in columns_of_batch]
             for begin in range(0, batch.num_rows, _ROWS):
                 rows = list(zip(*(value[begin:begin + _ROWS] for value in values), strict=True))
                 wanted = [[_resolve(r[i], folder) for i in columns.files] for r in rows]
@@ -68,6 +67,14 @@ def manifest_items(uri: str, root: str) -> Iterator[Item]:
                     yield _item(values_of_row, files, columns, root, f"{relative_to(root, uri)}#row{row}")
 
 
+def table_batches(uri: str) -> Iterator[pa.RecordBatch]:
+    """The rows of a CSV (every column as text) or Parquet table, streamed.
+
+    Raises BadRequest when it cannot be read, or holds Arrow extension types.
+    """
+    return _csv_batches(uri) if uri.lower().endswith(".csv") else _parquet_batches(uri)
+
+
 class _Columns:
     """Which column is what, by position."""
 
@@ -76,7 +83,7 @@ class _Columns:
         found = f"found columns: {', '.join(names)}"
         if len(set(lower)) < len(lower):
             raise BadRequest("two columns of a manifest have one name", where=uri, todo=found)
-        single = next((lower.index(name) for name in _FILE_COLUMNS if name in lower), None)
+        single = next((lower.index(name) for name in FILE_COLUMNS if name in lower), None)
         per_channel = [i for i, name in enumerate(lower) if name.startswith("uri_") and len(name) > 4]
         if (single is None) == (not per_channel):
             raise BadRequest(
@@ -84,7 +91,7 @@ class _Columns:
                 f"each channel{', not both' if per_channel else ''}", where=uri, todo=found)
         self.files = per_channel or [single]
         self.channels = tuple(names[i].strip()[4:] for i in per_channel)
-        self.item_id = next((lower.index(name) for name in _ID_COLUMNS if name in lower), None)
+        self.item_id = next((lower.index(name) for name in ID_COLUMNS if name in lower), None)
         taken = {*self.files, self.item_id}
         self.metadata = {i: _metadata_name(name) for i, name in enumerate(names) if i not in taken}
         if len(set(self.metadata.values())) < len(self.metadata):
@@ -144,7 +151,8 @@ def _item(row: tuple, files: list[FileRef | None], columns: _Columns, root: str,
     return make_item(item_id, present, root, channels=channels, metadata=metadata, problem=problem)
 
 
-def _strings(column: pa.Array, name: str, uri: str) -> list[str | None]:
+def strings(column: pa.Array, name: str, uri: str) -> list[str | None]:
+    """A column of a table as text, None for null. Raises BadRequest for nested and binary columns."""
     """A column as strings (1.0 becomes "1"), None for null."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
