@@ -65,7 +65,7 @@ class CellFeatureRunner(ImageFeatureRunner):
 
     def load(self, item: Item) -> Prepared:
         loaded = load_item(item, self.limits, z_projection=self.job.z_projection)
-        image, read_s, decode_s, num_bytes = loaded.image, loaded.read_s, loaded.decode_s, loaded.num_bytes
+        image, read_s, decode_s = loaded.image, loaded.read_s, loaded.decode_s
         pixel_size = self._pixel_size(image)
         if pixel_size is None:
             raise ItemError("no_pixel_size", "the file does not say its pixel size, and crop_um needs one",
@@ -75,12 +75,15 @@ class CellFeatureRunner(ImageFeatureRunner):
         if item.labels is not None:
             found = load_item(Item(item.item_id, (item.labels,)), self.limits)
             labels = label_plane(found.image, image.pixels.shape[1:], item.labels.uri)
-            read_s, decode_s, num_bytes = read_s + found.read_s, decode_s + found.decode_s, num_bytes + found.num_bytes
+            read_s, decode_s = read_s + found.read_s, decode_s + found.decode_s
         began = time.monotonic()
         cells = self._cells(item, labels, image, pixel_size)
-        prepared = Prepared((), read_s, decode_s, 0.0, num_bytes)
+        prepared = Prepared((), read_s, decode_s, 0.0, item.num_bytes)  # with those of the labels
         if len(cells.ids):
             side = self.job.crop_um / pixel_size
+            if side < 1:
+                raise ItemError("too_small", f"a crop of {self.job.crop_um} µm is less than one pixel of {pixel_size} µm",
+                                where=item.files[0].uri, todo="check --crop-um and --pixel-size-um")
             if crops.block_size(side, self.job.crop_px) > MAX_BLOCK_PX:
                 raise ItemError("too_large", f"a crop of {self.job.crop_um} µm is {side:.0f} px wide at {pixel_size} µm per px",
                                 where=item.files[0].uri, todo="check --crop-um and --pixel-size-um")

@@ -37,7 +37,8 @@ def test_stems(path: str, stem: str) -> None:
     assert image_stem(path) == stem
 
 
-@pytest.mark.parametrize("name", ["a_masks", "a_mask", "a_cp_masks", "a_labels", "a_label", "a-mask", "a.labels", "a_MaskNuclei", "a_seg"])
+@pytest.mark.parametrize("name", ["a_masks", "a_mask", "a_cp_masks", "a_labels", "a_label", "a-mask", "a.labels", "a_MaskNuclei",
+                                  "a_seg"])
 def test_label_suffixes(name: str) -> None:
     assert label_keys(f"p/{name}.png") == [(0, "p/a"), (1, f"p/{name}")]
 
@@ -60,11 +61,13 @@ def test_labels_beside_their_images(tmp_path: Path) -> None:
     listing = with_labels(list_items([str(tmp_path)]), str(tmp_path))
     assert labels_of(list(listing.items)) == {"a.tif": "a_masks.tif", "b.tif": "b_masks.tif", "c.tif": "missing_labels"}
     assert listing.ignored == {"label image among the images": 2}
-    assert paired(tmp_path, f"{tmp_path}/*_masks.tif") == {"a.tif": "a_masks.tif", "b.tif": "b_masks.tif", "c.tif": "missing_labels"}
+    assert paired(tmp_path, f"{tmp_path}/*_masks.tif") == {"a.tif": "a_masks.tif", "b.tif": "b_masks.tif",
+                                                           "c.tif": "missing_labels"}
 
 
 def test_two_files_that_could_be_the_labels(tmp_path: Path) -> None:
-    write(*(tmp_path / name for name in ("img/a.tif", "img/b.tif", "lab/a_mask.tif", "lab/a_labels.tif", "lab/b.tif", "lab/b_mask.tif")))
+    names = ("img/a.tif", "img/b.tif", "lab/a_mask.tif", "lab/a_labels.tif", "lab/b.tif", "lab/b_mask.tif")
+    write(*(tmp_path / name for name in names))
     assert paired(tmp_path / "img", tmp_path / "lab") == {"a.tif": "ambiguous_labels", "b.tif": "b_mask.tif"}
 
 
@@ -72,8 +75,9 @@ def test_one_file_per_channel(tmp_path: Path) -> None:
     """The labels are named like the group, or like one of its channels (as Cellpose writes them)."""
     for site in (1, 2, 3):
         write(*(tmp_path / f"img/r01c02f0{site}p01-ch{c}sk1fk1fl1.tiff" for c in (1, 2)))
-    write(*(tmp_path / "lab" / name for name in ("r01c02f01p01-sk1fk1fl1.tif", "r01c02f02p01-ch1sk1fk1fl1_cp_masks.png",
-                                                 "r01c02f03p01-ch1sk1fk1fl1_cp_masks.png", "r01c02f03p01-ch2sk1fk1fl1_cp_masks.png")))
+    write(*(tmp_path / f"lab/r01c02f0{name}" for name in (
+        "1p01-sk1fk1fl1.tif", "2p01-ch1sk1fk1fl1_cp_masks.png", "3p01-ch1sk1fk1fl1_cp_masks.png",
+        "3p01-ch2sk1fk1fl1_cp_masks.png")))
     key = "r01c02f0{}p01-sk1fk1fl1.tiff"
     assert paired(tmp_path / "img", tmp_path / "lab") == {
         key.format(1): "r01c02f01p01-sk1fk1fl1.tif", key.format(2): "r01c02f02p01-ch1sk1fk1fl1_cp_masks.png",
