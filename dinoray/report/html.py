@@ -76,10 +76,6 @@ def _head(run: Run, gallery: Gallery) -> dict[str, Any]:
     layers = f"layers {', '.join(str(v) for v in settings['layers'])}" if settings["layers"] else "last layer"
     kinds = sorted(run.tally.device_kinds.items())
     used = ", ".join(f"{kind} ({count:,} units)" if len(kinds) > 1 else kind for kind, count in kinds)
-    tile = settings["tile_px"]
-    tiling = {"auto": f"tiles of {tile} px where a side exceeds {2 * tile} px, else whole images",
-              "tiles": f"tiles of {tile} px", "native": "whole images",
-              "resize": f"resized to {settings['resize_px']} px"}
     return {
         "model": described["model"], "weights": weights["source"], "digest": weights["digest"],
         "random": weights["source"].startswith("random"), "fingerprint": described["fingerprint"],
@@ -89,9 +85,19 @@ def _head(run: Run, gallery: Gallery) -> dict[str, Any]:
         "normalisation": f"{rule + ': ' if rule else ''}mean {mean}; std {std}",
         "features": f"{', '.join(settings['features'])} of the {layers}; {settings['vector_dtype']} vectors",
         "scaling": f"{scaling[settings['scaling']]}; 8-bit RGB is divided by 255",
-        "contrast": settings["contrast"], "tiles": tiling[settings["size"]], "channels": settings["channels"],
+        "contrast": settings["contrast"], "tiles": _size(settings), "channels": settings["channels"],
         "has_maps": gallery.basis is not None, "command": run.job["command"],
     }
+
+
+def _size(settings: dict[str, Any]) -> str:
+    """What part of an image a row is."""
+    if "crop_um" in settings:
+        masked = ", other cells masked" if settings["mask_neighbours"] else ""
+        return f"one row per cell: {settings['crop_um']:g} µm around its centroid, resampled to {settings['crop_px']} px{masked}"
+    tile = settings["tile_px"]
+    return {"auto": f"tiles of {tile} px where a side exceeds {2 * tile} px, else whole images", "tiles": f"tiles of {tile} px",
+            "native": "whole images", "resize": f"resized to {settings['resize_px']} px"}[settings["size"]]
 
 
 def _quality(sample: Sample) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from skimage import measure
 
 from dinoray.config import ExtractCellsJob
 from dinoray.errors import ItemError
@@ -29,6 +30,9 @@ CHUNK_BYTES = 8 * 2**20
 """Blocks cut by one thread at once; `decode_threads` such chunks, and one more, may wait to be computed."""
 MAX_BLOCK_PX = 8192
 """Largest side of a crop in source px: beyond it crop_um and the pixel size do not belong together."""
+
+BINARY_PIECES = 4
+"""A label image of one object in so many pieces is taken for a mask of all cells."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,11 @@ class CellFeatureRunner(ImageFeatureRunner):
 
     def _cells(self, item: Item, labels: np.ndarray | None, image: DecodedImage, pixel_size: float) -> Cells:
         if labels is not None:
-            return Cells(*crops.objects_of(labels), labels if self.job.mask_neighbours else None)
+            cells = Cells(*crops.objects_of(labels), labels if self.job.mask_neighbours else None)
+            if len(cells.ids) == 1 and (pieces := measure.label(labels > 0, return_num=True)[1]) >= BINARY_PIECES:
+                raise ItemError("bad_labels", f"one value ({cells.ids[0]}) in {pieces} separate pieces: a binary mask, not labels",
+                                where=item.labels.uri, todo="give each cell its own number (skimage.measure.label)")
+            return cells
         if item.objects is None:
             raise ItemError("missing_labels", "the plan names neither a label image nor centroids", where=item.item_id)
         ids, y, x = item.objects.arrays()
@@ -166,6 +174,9 @@ def label_plane(image: DecodedImage, shape: tuple[int, ...], uri: str) -> np.nda
     if len(labels) != 1:
         raise ItemError("bad_labels", f"a label image has one channel, this one {len(labels)}", where=uri,
                         todo="write one integer per pixel: 0 for background, a number for each cell")
+    if image.is_stretched:
+        raise ItemError("bad_labels", "a PNG of fewer than 8 bits per pixel, whose values were stretched to 0..255", where=uri,
+                        todo="write labels with 8 or 16 bits, or as TIFF")
     if labels.dtype.kind not in "ui":
         raise ItemError("bad_labels", f"labels are integers, this file holds {labels.dtype}", where=uri,
                         todo="write them as an integer type, e.g. uint16 or int32")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import struct
 import weakref
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import tifffile
+from PIL import Image
 from skimage.measure import regionprops_table
 
 from dinoray import open_features
@@ -307,6 +310,42 @@ def test_labels_that_are_none(fields: tuple[Path, Path], tmp_path: Path) -> None
                                "p/e.tif": "bad_labels", "g.tif": "bad_labels", "h.tif": "empty"}
     assert [row["object_id"] for row in rows_of(out)[::2]] == [2**40 + i for i in (2, 5, 8, 11, 14)]
     check_whole(out)
+
+
+def test_a_png_of_few_bits_is_no_label_image(tmp_path: Path) -> None:
+    """Its decoder stretches 0..15 to 0..255: cell 3 would be called 51."""
+    (tmp_path / "img").mkdir(), (tmp_path / "lab").mkdir()
+    labels = cells_of((60, 60), 5, 1)
+    for bits in (1, 4, 8):
+        tifffile.imwrite(tmp_path / f"img/{bits}.tif", texture((60, 60), bits, "uint16"))
+    Image.fromarray(labels > 0).save(tmp_path / "lab/1.png")
+    (tmp_path / "lab/4.png").write_bytes(four_bit_png(labels % 16))
+    Image.fromarray(labels.astype(np.uint8)).save(tmp_path / "lab/8.png")
+    run_cells(tmp_path / "img", tmp_path / "out", labels=str(tmp_path / "lab"), max_failed_fraction=1)
+    assert reasons_of(tmp_path / "out") == {"1.tif": "bad_labels", "4.tif": "bad_labels"}
+    assert [row["object_id"] for row in rows_of(tmp_path / "out")] == [2, 5, 8, 11, 14]
+
+
+def four_bit_png(values: np.ndarray) -> bytes:
+    """A grey PNG of 4 bits per pixel from values [Y, X] of 0..15, an even number of columns."""
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = (values[:, ::2] << 4 | values[:, 1::2]).astype(np.uint8)
+    packed = b"".join(b"\0" + row.tobytes() for row in rows)
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 4, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(packed)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("value", [1, 255])
+def test_a_binary_mask_is_not_taken_for_one_cell(tmp_path: Path, value: int) -> None:
+    (tmp_path / "img").mkdir(), (tmp_path / "lab").mkdir()
+    for name, count in (("many", 9), ("one", 1)):
+        tifffile.imwrite(tmp_path / f"img/{name}.tif", texture((60, 60), count, "uint16"))
+        tifffile.imwrite(tmp_path / f"lab/{name}.tif", ((cells_of((60, 60), count, 1) > 0) * value).astype(np.uint8))
+    run_cells(tmp_path / "img", tmp_path / "out", labels=str(tmp_path / "lab"), max_failed_fraction=1)
+    assert reasons_of(tmp_path / "out") == {"many.tif": "bad_labels"}
+    assert [row["object_id"] for row in rows_of(tmp_path / "out")] == [value]
 
 
 def test_centroids_that_are_none(fields: tuple[Path, Path], tmp_path: Path) -> None:
