@@ -27,11 +27,13 @@ def list_inputs(job: ExtractJob, sources: list[str] | None = None) -> ItemListin
     Raises BadRequest as `list_items`, `with_labels` and `with_centroids` do, here or while the items are read; there too
     when crops need a pixel size and the first image of a plate or folder says none.
     """
-    listing = list_items(sources or list(job.sources), pattern=job.pattern, where=dict(job.where), limit=job.limit)
+    labels = job.labels if isinstance(job, ExtractCellsJob) else None
+    listing = list_items(sources or list(job.sources), pattern=job.pattern, where=dict(job.where),
+                         limit=job.limit if labels is None else None)
     if not isinstance(job, ExtractCellsJob):
         return listing
-    if job.labels is not None:
-        listing = with_labels(listing, job.labels, pattern=job.pattern)
+    if labels is not None:
+        listing = with_labels(listing, labels, pattern=job.pattern, limit=job.limit)
     else:
         listing = with_centroids(listing, job.centroids)
     if job.pixel_size_um is None:

@@ -65,12 +65,13 @@ def label_keys(path: str, patterns: tuple[plates.Pattern, ...] = ()) -> list[tup
     return list(keys)
 
 
-def with_labels(listing: ItemListing, source: str, *, pattern: str | None = "auto") -> ItemListing:
+def with_labels(listing: ItemListing, source: str, *, pattern: str | None = "auto", limit: int | None = None) -> ItemListing:
     """The listing with `labels` for each item: the label image of its name among those of `source` (folder, glob, URL,
     or a manifest with `item_id` and `uri`).
 
     An item without one gets the problem `missing_labels`, one with several `ambiguous_labels`. Label images that lie
-    among the images are no images (counted in `ignored`). Raises BadRequest when no item has labels.
+    among the images are no images (counted in `ignored`); `limit` counts what is left. Raises BadRequest when no item
+    has labels.
     """
     found = list_items([source], pattern="none")
     if pattern in ("none", None):
@@ -79,7 +80,7 @@ def with_labels(listing: ItemListing, source: str, *, pattern: str | None = "aut
         patterns = tuple(plates.SHIPPED.values()) if pattern == "auto" else (plates.get_pattern(pattern),)
 
     def paired() -> Iterator[Item]:
-        matched, first, example = 0, None, ""
+        matched, taken, first, example = 0, 0, None, ""
         with closing(sqlite3.connect("")) as db:  # "": a temporary file of its own
             db.execute("CREATE TABLE labels (key TEXT, rank INTEGER, uri TEXT, size INTEGER, version TEXT)")
             for label in found.items:
@@ -98,6 +99,9 @@ def with_labels(listing: ItemListing, source: str, *, pattern: str | None = "aut
                 matched += labelled.labels is not None
                 first = first or item
                 yield labelled
+                taken += 1
+                if taken == limit:
+                    break
         if not matched:
             looked = f"image {first.item_id} wants {image_stem(first.item_id)!r}" if first else "all images are label images"
             raise BadRequest(f"no image has a label image of its name ({looked}; the label images are like {example!r})",

@@ -61,6 +61,8 @@ def test_labels_beside_their_images(tmp_path: Path) -> None:
     listing = with_labels(list_items([str(tmp_path)]), str(tmp_path))
     assert labels_of(list(listing.items)) == {"a.tif": "a_masks.tif", "b.tif": "b_masks.tif", "c.tif": "missing_labels"}
     assert listing.ignored == {"label image among the images": 2}
+    limited = with_labels(list_items([str(tmp_path)]), str(tmp_path), limit=2)
+    assert list(labels_of(list(limited.items))) == ["a.tif", "b.tif"]
     assert paired(tmp_path, f"{tmp_path}/*_masks.tif") == {"a.tif": "a_masks.tif", "b.tif": "b_masks.tif",
                                                            "c.tif": "missing_labels"}
 
