@@ -152,7 +152,8 @@ class Extractor:
         result = {}
         for column, feature, layer in column_names(self.features, self.layers):
             t = found[layer]
-            value = {"cls": lambda t=t: t.cls, "patch_mean": lambda t=t: t.patches.float().mean(dim=(1, 2)),
+            # clone: a view would keep the tokens of the whole batch alive as long as one row's vector
+            value = {"cls": lambda t=t: t.cls.clone(), "patch_mean": lambda t=t: t.patches.float().mean(dim=(1, 2)),
                      "patches": lambda t=t: t.patches}[feature]()
             result[column] = value[:n].float().cpu().numpy()
         return result

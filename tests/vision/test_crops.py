@@ -135,11 +135,12 @@ class Seen(torch.nn.Module):
 
     def __init__(self, real: torch.nn.Module):
         super().__init__()
-        self.real, self.config, self.pixels = real, real.config, []
+        self.real, self.config, self.pixels, self.tokens = real, real.config, [], []
 
     def forward(self, x: torch.Tensor, layers=None):
         self.pixels.append(x.clone())
-        return self.real(x, layers=layers)
+        self.tokens.append(self.real(x, layers=layers))
+        return self.tokens[-1]
 
 
 def crop(y: float, x: float, *, channels: int = 1, mode: str = "repeat", hidden: bool = False, side: float = 20.5) -> Crop:
@@ -172,4 +173,5 @@ def test_scaled_masked_and_resampled_on_the_device(channels: int, mode: str, hid
         np.testing.assert_allclose(seen.pixels[0][i].numpy(), expected, atol=2e-6)
         alone = extractor.extract([c])["cls"][0]
         np.testing.assert_allclose(vectors[i], alone, rtol=1e-4, atol=1e-5)
+    assert not np.shares_memory(vectors, seen.tokens[0].cls.numpy()), "a row's vector must not keep all tokens alive"
     assert seen.pixels[0].shape == (4, 3, 32, 32), "short groups are padded to a power of two"
