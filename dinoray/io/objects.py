@@ -22,7 +22,7 @@ from dinoray.errors import BadRequest
 from dinoray.io import plates
 from dinoray.io.centroids import CentroidTable, position_key
 from dinoray.io.grouping import relative_to
-from dinoray.io.items import FileRef, Item, Objects
+from dinoray.io.items import FileRef, Item
 from dinoray.io.sources import ItemListing, list_items
 from dinoray.io.walk import IMAGE_SUFFIXES, count
 
@@ -165,6 +165,3 @@ def _names(item: Item, root: str, table: CentroidTable) -> list[str]:
         for path in (file.uri, relative_to(root, file.uri), relative_to(table.folder, file.uri)):
             names += [path, image_stem(path)]
     return list(dict.fromkeys(names))
-
-
-__all__ = ["Objects", "image_stem", "label_keys", "with_centroids", "with_labels"]
