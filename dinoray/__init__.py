@@ -13,6 +13,7 @@ _NAMES = {
     "save_backbone": "dinoray.vision.weights",
     "open_features": "dinoray.io.tables",
     "extract_images": "dinoray.extraction",
+    "ExtractCellsJob": "dinoray.config",
     "ExtractImagesJob": "dinoray.config",
     "DinorayError": "dinoray.errors",
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -23,17 +23,21 @@ _PASSWORD = re.compile(r"([\w+.-]+://[^/\s@]*:)([^/\s]*)@")
 
 EXECUTION_FIELDS = frozenset({
     "sources", "out", "weights", "workers", "no_ray", "decode_threads", "compute_threads", "staging", "strict",
-    "max_failed_fraction", "accept_dinov3_license", "rounds", "stall_timeout_s", "prefetch_bytes", "takeover",
+    "max_failed_fraction", "accept_dinov3_license", "rounds", "stall_timeout_s", "prefetch_bytes", "takeover", "labels",
+    "centroids",
 })
-"""Fields that change how a job runs, never what it writes. `sources` and `weights` are identified by
-content instead: the digest of the listing and the digest of the weights."""
+"""Fields that change how a job runs, never what it writes. `sources`, `labels`, `centroids` and `weights` are
+identified by content instead: the digest of the listing and the digest of the weights."""
 
 
 Job = TypeVar("Job", bound=BaseModel)
 
 
-class ExtractImagesJob(BaseModel):
-    """Features of a collection of 2D images: `dinoray extract images` and jobs/extract_images.py."""
+class ExtractJob(BaseModel):
+    """What every extraction of features shares; `runner` and `command` name the kind's runner and CLI command."""
+
+    runner: ClassVar[str]
+    command: ClassVar[str]
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -49,18 +53,12 @@ class ExtractImagesJob(BaseModel):
     """You accept the DINOv3 License: the open timm mirror may then be used where the official one is gated."""
     staging: str | None = None
     """Folder or URL that all actors reach, for the weights (below `_dinoray/weights/<digest>`); default `out`."""
-    features: tuple[Literal["cls", "patch_mean", "patches"], ...] = ("cls", "patch_mean")
-    """`cls` and `patch_mean` are columns, `patches` dense Zarr arrays."""
+    features: tuple[str, ...] = ("cls", "patch_mean")
+    """Which features; each kind of extraction says what it offers."""
     layers: tuple[int, ...] | None = None
     """0-based transformer layers; default the last one, without a suffix in the column names."""
     channels: str = "auto"
     """`auto`, `rgb`, `mean`, `each`, or groups of three: `NAME=a,b,c[;NAME2=d,e,f]`."""
-    size: Literal["auto", "native", "tiles", "resize"] = "auto"
-    """`auto`: tiles where a side exceeds 2 * tile_px, else native; `resize`: the reference processor's geometry."""
-    tile_px: int = Field(256, ge=32, le=4096)
-    """Side of a tile in source pixels; a multiple of the patch size."""
-    resize_px: int = Field(224, ge=16, le=4096)
-    """Side after `size=resize`, a multiple of the patch size."""
     scaling: Literal["plate", "image", "dtype"] = "plate"
     """Percentiles per plate (or folder) and channel; per image; or the dtype's full range."""
     scaling_low_percent: float = Field(0.1, ge=0, le=100)
@@ -87,8 +85,6 @@ class ExtractImagesJob(BaseModel):
     """Tokens per micro-batch; default from a table by variant, precision and device."""
     vector_dtype: Literal["float32", "float16"] = "float32"
     """Type of the vector columns; float16 is checked for overflow."""
-    dense_dtype: Literal["float16", "float32"] = "float16"
-    """Type of the dense arrays; float16 is checked for overflow."""
     pattern: str = "auto"
     """File-name pattern: `auto`, `none`, a shipped name, or a regex with named groups."""
     where: dict[str, str] = Field(default_factory=dict)
@@ -151,7 +147,7 @@ class ExtractImagesJob(BaseModel):
         return str(value)
 
     @model_validator(mode="after")
-    def _consistent(self) -> ExtractImagesJob:
+    def _consistent(self) -> Self:
         if not re.fullmatch(r"auto|[1-9]\d*|[1-9]\d*,[1-9]\d*", self.workers):
             raise ValueError(f"workers: {self.workers!r} is neither `auto`, N, nor MIN,MAX")
         if "," in self.workers and int(self.workers.split(",")[0]) > int(self.workers.split(",")[1]):
@@ -163,7 +159,7 @@ class ExtractImagesJob(BaseModel):
         if self.layers is not None and (len(set(self.layers)) != len(self.layers) or min(self.layers) < 0):
             raise ValueError("layers: distinct 0-based numbers")
         channel_groups(self.channels)
-        urls = (*self.sources, self.out, self.staging or "", self.weights or "")
+        urls = (*self.sources, *self.other_inputs(), self.out, self.staging or "", self.weights or "")
         for url in urls:
             # it would stand in job.json, in rows and on the screen; the message does not repeat it
             secret = secret_in_url(url)
@@ -174,6 +170,69 @@ class ExtractImagesJob(BaseModel):
     def result_settings(self) -> dict[str, Any]:
         """The settings that change results, as plain JSON values."""
         return {k: v for k, v in self.model_dump(mode="json").items() if k not in EXECUTION_FIELDS}
+
+    def other_inputs(self) -> tuple[str, ...]:
+        """Paths and URLs, besides the sources, whose content belongs to the inputs."""
+        return ()
+
+
+class ExtractImagesJob(ExtractJob):
+    """Features of a collection of 2D images: `dinoray extract images` and jobs/extract_images.py."""
+
+    runner: ClassVar[str] = "image-features"
+    command: ClassVar[str] = "images"
+
+    features: tuple[Literal["cls", "patch_mean", "patches"], ...] = ("cls", "patch_mean")
+    """`cls` and `patch_mean` are columns, `patches` dense Zarr arrays."""
+    size: Literal["auto", "native", "tiles", "resize"] = "auto"
+    """`auto`: tiles where a side exceeds 2 * tile_px, else native; `resize`: the reference processor's geometry."""
+    tile_px: int = Field(256, ge=32, le=4096)
+    """Side of a tile in source pixels; a multiple of the patch size."""
+    resize_px: int = Field(224, ge=16, le=4096)
+    """Side after `size=resize`, a multiple of the patch size."""
+    dense_dtype: Literal["float16", "float32"] = "float16"
+    """Type of the dense arrays; float16 is checked for overflow."""
+
+
+class ExtractCellsJob(ExtractJob):
+    """Features of single cells in 2D images: `dinoray extract cells` and jobs/extract_cells.py.
+
+    One row per cell and channel: a square of `crop_um` around the cell's centroid, resampled to `crop_px`.
+    """
+
+    runner: ClassVar[str] = "cell-features"
+    command: ClassVar[str] = "cells"
+
+    labels: str | None = None
+    """Folder, glob, URL or manifest of label images (0 = background, each cell an integer), paired by name (docs/cells.md)."""
+    centroids: str | None = None
+    """CSV or Parquet table of cells, one row each: the image, x, y (px or µm), object_id (docs/cells.md)."""
+    crop_um: float = Field(gt=0)
+    """Side of the square around each centroid, in µm."""
+    crop_px: int = Field(224, ge=16, le=4096)
+    """Side that the square is resampled to, a multiple of the patch size."""
+    mask_neighbours: bool = False
+    """Pixels of other cells become 0 after scaling; needs `labels`."""
+    features: tuple[Literal["cls", "patch_mean"], ...] = ("cls", "patch_mean")
+    """Vector columns."""
+    unit_items: int = Field(32, ge=1, le=100_000)
+    """Most images in a unit; the rows of all their cells are held in memory until the unit is written."""
+
+    @model_validator(mode="after")
+    def _one_kind_of_objects(self) -> Self:
+        if (self.labels is None) == (self.centroids is None):
+            raise ValueError("give exactly one of labels and centroids: they say where the cells are")
+        if self.mask_neighbours and self.labels is None:
+            raise ValueError("mask_neighbours needs labels: centroids do not say which pixels are a neighbour's")
+        return self
+
+    def other_inputs(self) -> tuple[str, ...]:
+        return tuple(url for url in (self.labels, self.centroids) if url is not None)
+
+
+def recorded_job(values: dict[str, Any]) -> ExtractJob:
+    """The job whose `model_dump` these values are (job.json, RunnerSpec): only cells have `crop_um`."""
+    return ExtractCellsJob(**values) if "crop_um" in values else ExtractImagesJob(**values)
 
 
 def secret_in_url(url: str) -> str | None:

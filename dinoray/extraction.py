@@ -1,4 +1,4 @@
-"""`extract_images`: the whole life of a job, from listing to `_SUCCESS`. What the CLI and jobs/ call.
+"""`extract_images`: the whole life of a job (of images or of cells), from listing to `_SUCCESS`. What the CLI and jobs/ call.
 
 resolve -> take the output -> record the request -> list -> statistics units -> seal the plan -> units in rounds ->
 verify. Every step can be killed and is found again by the next run of the same command.
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from dinoray.config import ExtractImagesJob
+from dinoray.config import ExtractJob
 from dinoray.failpoints import reach
 from dinoray.generations import generations
-from dinoray.io.sources import list_items
+from dinoray.inputs import list_inputs
 from dinoray.io.stores import open_store
 from dinoray.planning import check_same_inputs, spool_items
 from dinoray.request import absolute, check_request, record_request, resume_command
@@ -19,7 +19,7 @@ from dinoray.resolve import resolve
 from dinoray.session import Outcome, open_session
 
 
-def extract_images(job: ExtractImagesJob, say: Callable[[str], None] = print, *, command: str = "",
+def extract_images(job: ExtractJob, say: Callable[[str], None] = print, *, command: str = "",
                    leave: Callable[[str], None] | None = None) -> Outcome:
     """Run the job to its end (or resume it). `say` gets the lines meant for the user; `leave` ends the process when
     `dinoray stop` asks for it.
@@ -33,7 +33,7 @@ def extract_images(job: ExtractImagesJob, say: Callable[[str], None] = print, *,
     command = command or resume_command(job)
     check_request(store, resolved)
     say(f"dinoray {resolved.fingerprint}  {resolved.description}  output {job.out}  resume with: {command}")
-    listing = list_items(list(job.sources), pattern=job.pattern, where=dict(job.where), limit=job.limit)
+    listing = list_inputs(job)
     with open_session(store, resolved, command, say, leave=leave) as session:
         sealed = check_request(store, resolved)  # again: from here on nobody else changes it
         sample = job.scaling_sample if job.scaling == "plate" and not sealed else 0

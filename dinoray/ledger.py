@@ -56,6 +56,9 @@ class Receipt:
     rows: int = 0
     row_items: int = 0
     """Distinct inputs that have rows."""
+    without_objects: list[str] = field(default_factory=list)
+    """Ids of the inputs that were read and hold nothing to make rows of (an image without cells): done, not quarantined.
+    items = row_items + len(without_objects) + quarantined."""
     quarantined: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
     """Quarantined inputs by reason."""

@@ -22,10 +22,12 @@ import pyarrow as pa
 
 from dinoray.errors import BadRequest, ChangedRequest
 from dinoray.io.items import Item
-from dinoray.units import ITEM_SCHEMA, Plan, PlanWriter, item_digest, item_row, items_of, row_digest
+from dinoray.units import CELL_ITEM_SCHEMA, ITEM_SCHEMA, Plan, PlanWriter, item_digest, item_row, items_of, row_digest
 
-SPOOL_SCHEMA = ITEM_SCHEMA.append(pa.field("digest", pa.binary(16)))
+SPOOL_SCHEMA = CELL_ITEM_SCHEMA.append(pa.field("digest", pa.binary(16)))
 SPOOL_ROWS = 16_384
+SPOOL_OBJECT_BYTES = 32 * 2**20
+"""A batch of the spool ends earlier when its items' centroids reach this."""
 
 
 def id_hash(item_id: str) -> int:
@@ -72,10 +74,13 @@ class Spool:
                 yield row, digest
 
     def sampled(self) -> Iterator[tuple[dict[str, Any], bytes]]:
-        """The rows of `samples`, sorted by group, in listing order within a group."""
+        """The rows of `samples` (of ITEM_SCHEMA: statistics look at whole images), sorted by group, in listing order
+        within a group."""
         wanted = np.sort(np.fromiter((n for ns in self.samples.values() for n in ns), dtype=np.int64))
-        start, parts = 0, [SPOOL_SCHEMA.empty_table()]
+        cells = [name for name in CELL_ITEM_SCHEMA.names if name not in ITEM_SCHEMA.names]
+        start, parts = 0, [SPOOL_SCHEMA.empty_table().drop_columns(cells)]
         for batch in self.batches():
+            batch = batch.drop_columns(cells)
             low, high = np.searchsorted(wanted, [start, start + batch.num_rows])
             if high > low:
                 parts.append(pa.Table.from_batches([batch.take(pa.array(wanted[low:high] - start))]))
@@ -101,6 +106,7 @@ def spool_items(items: Iterable[Item], *, sample: int = 0, sample_if: Callable[[
     columns: dict[str, None] = {}
     heaps: dict[str, list[tuple[int, int]]] = {}
     rows: list[dict[str, Any]] = []
+    object_bytes = 0
     options = pa.ipc.IpcWriteOptions(compression="zstd")
     with pa.ipc.new_stream(spool._file, SPOOL_SCHEMA, options=options) as writer:
         for number, item in enumerate(items):
@@ -115,9 +121,11 @@ def spool_items(items: Iterable[Item], *, sample: int = 0, sample_if: Callable[[
                 (heapq.heappush if len(heap) < sample else heapq.heappushpop)(heap, (-key, number))
             rows.append(row)
             spool.num_bytes += item.num_bytes
-            if len(rows) == SPOOL_ROWS:
+            object_bytes += 0 if item.objects is None else len(item.objects.packed)
+            if len(rows) == SPOOL_ROWS or object_bytes >= SPOOL_OBJECT_BYTES:
                 writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=SPOOL_SCHEMA))
                 rows.clear()
+                object_bytes = 0
         if rows:
             writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=SPOOL_SCHEMA))
     spool.num_items = len(hashes)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
-from dinoray.config import ExtractImagesJob
+from dinoray.config import ExtractJob
 from dinoray.ledger import Receipt
 from dinoray.memory.meter import available_cores
 from dinoray.resolve import Resolved
@@ -24,7 +24,7 @@ class Pool(Protocol):
     def close(self) -> None: ...
 
 
-def make_pool(job: ExtractImagesJob, resolved: Resolved, say: Callable[[str], None]) -> Pool:
+def make_pool(job: ExtractJob, resolved: Resolved, say: Callable[[str], None]) -> Pool:
     """The pool that the job asks for; nothing is started yet."""
     return LocalPool(job, resolved) if job.no_ray else RayPool(job, resolved, say)
 
@@ -32,7 +32,7 @@ def make_pool(job: ExtractImagesJob, resolved: Resolved, say: Callable[[str], No
 class LocalPool:
     """Runs units in this process."""
 
-    def __init__(self, job: ExtractImagesJob, resolved: Resolved):
+    def __init__(self, job: ExtractJob, resolved: Resolved):
         self.job, self.resolved = job, resolved
 
     def close(self) -> None:
@@ -43,7 +43,7 @@ class LocalPool:
         cores = available_cores()
         spec = replace(spec, decode_threads=self.job.decode_threads or max(2, cores),
                        compute_threads=self.job.compute_threads or cores)
-        backbone = self.resolved.backbone if spec.kind == "image-features" else None
+        backbone = self.resolved.backbone if spec.kind == self.job.runner else None
         run_units(lambda: build_runner(spec, backbone), recompute_pending, on_receipt, rounds=self.job.rounds,
                   where=self.job.out, check=check)
 
@@ -51,7 +51,7 @@ class LocalPool:
 class RayPool:
     """Runs units on Ray actors. Ray is started or joined at the first use: not for planning, not for nothing."""
 
-    def __init__(self, job: ExtractImagesJob, resolved: Resolved, say: Callable[[str], None]):
+    def __init__(self, job: ExtractJob, resolved: Resolved, say: Callable[[str], None]):
         self.job, self.resolved, self.say = job, resolved, say
         self._local: bool | None = None
 
@@ -76,13 +76,13 @@ class RayPool:
         from dinoray.cluster.resources import actor_shape
 
         self._connect()
-        device = self.resolved.device if spec.kind == "image-features" else "cpu"
+        device = self.resolved.device if spec.kind == self.job.runner else "cpu"
         shape = actor_shape(self.job.workers, device=device, decode_threads=self.job.decode_threads,
                             compute_threads=self.job.compute_threads)
         threads = max(2, shape.num_cpus - (device == "cuda"))
         spec = replace(spec, decode_threads=self.job.decode_threads or threads,
                        compute_threads=self.job.compute_threads or shape.num_cpus)
-        if spec.kind == "image-features":
+        if spec.kind == self.job.runner:
             self.resolved.release()  # its weights are staged by now; the actors hold the model, the driver need not
         run_on_ray(spec, recompute_pending, on_receipt, shape=shape, rounds=self.job.rounds,
                    stall_timeout_s=self.job.stall_timeout_s, check=check)

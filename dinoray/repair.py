@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from dinoray.config import ExtractImagesJob, build_job
+from dinoray.config import ExtractJob, build_job
 from dinoray.errors import BadRequest, ChangedRequest
 from dinoray.generations import Generation, generations, next_prefix, quarantined_now
+from dinoray.inputs import list_inputs
 from dinoray.io.items import Item
-from dinoray.io.sources import list_items
 from dinoray.io.stores import open_store
 from dinoray.planning import id_hash, spool_items
 from dinoray.request import absolute, differences, read_identity, read_request
@@ -71,7 +71,7 @@ def extend(out: str, sources: Iterable[str], *, say: Callable[[str], None] = pri
     with open_session(store, resolved, command, say, leave=leave) as session:
         parts = generations(store)
         known = _Known(parts)
-        listing = list_items(list(more), pattern=job.pattern, where=dict(job.where), root=parts[0].plan.facts["root"])
+        listing = list_inputs(job.model_copy(update={"limit": None}), list(more), root=parts[0].plan.facts["root"])
         groups = _scaled_groups(session)
         fresh = known.fresh(listing.items)
         first = next(fresh, None)
@@ -90,7 +90,7 @@ def extend(out: str, sources: Iterable[str], *, say: Callable[[str], None] = pri
         return session.run(tolerant=False)
 
 
-def _again(out: str, execution: dict[str, Any]) -> tuple[ExtractImagesJob, Resolved]:
+def _again(out: str, execution: dict[str, Any]) -> tuple[ExtractJob, Resolved]:
     """The job of an output, with other execution settings; it must still compute the same."""
     store, _, _ = open_run(out)
     recorded, fingerprint = read_request(store)
@@ -131,8 +131,8 @@ def _plan_retry(session: Session, parts: list[Generation], rows: list[dict[str, 
             if part.kind == "retry":
                 continue
             sources = part.plan.facts["sources"] if part.kind == "extend" else list(job.sources)
-            for item in list_items(sources, pattern=job.pattern, where=dict(job.where), root=root,
-                                   limit=job.limit if part.kind == "first" else None).items:
+            rules = job if part.kind == "first" else job.model_copy(update={"limit": None})
+            for item in list_inputs(rules, sources, root=root).items:
                 key = (item.item_id, item.files[0].uri)
                 if item.item_id in old and key not in seen:
                     seen.add(key)

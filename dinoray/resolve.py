@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dinoray.config import ExtractImagesJob
+from dinoray.config import ExtractCellsJob, ExtractJob
 from dinoray.errors import BadRequest
 from dinoray.io.stores import open_store
 from dinoray.memory.budget import default_token_budget
@@ -31,7 +31,7 @@ STAGED_MARKER = "STAGED"
 class Resolved:
     """A job with every `auto` settled. `identity` holds all that changes results; the fingerprint hashes it."""
 
-    job: ExtractImagesJob
+    job: ExtractJob
     device: str
     identity: dict[str, Any]
     numerics: dict[str, Any]
@@ -66,7 +66,7 @@ class Resolved:
         return f"{store.url}/{prefix}"
 
 
-def resolve(job: ExtractImagesJob) -> Resolved:
+def resolve(job: ExtractJob) -> Resolved:
     """Settle every `auto` and load the weights once. Raises BadRequest, WeightsError."""
     import torch
 
@@ -90,10 +90,12 @@ def resolve(job: ExtractImagesJob) -> Resolved:
     if job.layers and max(job.layers) >= config.depth:
         raise BadRequest(f"layer {max(job.layers)} of {config.name}, which has layers 0..{config.depth - 1}",
                          where="--layers", todo="layers are counted from 0; leave --layers out for the last one")
-    windows(job.tile_px, job.tile_px, size="tiles", tile_px=job.tile_px, patch=config.patch_size)
-    if job.resize_px % config.patch_size:
-        raise BadRequest(f"resize_px={job.resize_px} is not a multiple of the patch size {config.patch_size}",
-                         where="--resize-px")
+    resized = "crop_px" if isinstance(job, ExtractCellsJob) else "resize_px"
+    if not isinstance(job, ExtractCellsJob):
+        windows(job.tile_px, job.tile_px, size="tiles", tile_px=job.tile_px, patch=config.patch_size)
+    if getattr(job, resized) % config.patch_size:
+        raise BadRequest(f"{resized}={getattr(job, resized)} is not a multiple of the patch size {config.patch_size}",
+                         where="--" + resized.replace("_", "-"))
     budget = job.token_budget or default_token_budget(config.name, device, precision)
     kind = device_kind(torch.device("cpu")) if device == "cpu" else (device_kind(torch.device("cuda")) if has_cuda else "cuda")
     job = job.model_copy(update={"model": config.name, "device": device, "precision": precision, "weights": weights,
@@ -107,7 +109,7 @@ def resolve(job: ExtractImagesJob) -> Resolved:
                 "numerics": numerics}
     fingerprint = fingerprint_of(identity)
     preprocessing = {k: v for k, v in identity["settings"].items() if k.startswith(
-        ("scaling", "size", "tile", "resize", "channels", "contrast", "clahe", "pixel_size"))}
+        ("scaling", "size", "tile", "resize", "channels", "contrast", "clahe", "pixel_size", "crop", "mask"))}
     is_random = (weights or "").startswith("random")
     # no path in here: the same weights from another folder must give the same bytes
     described = {"fingerprint": fingerprint, "model": config.name, "weights": weights if is_random else "see weights_digest",

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dinoray.config import canonical_json
+from dinoray.config import ExtractCellsJob, canonical_json
 from dinoray.generations import generations
 from dinoray.io.stores import Store
 from dinoray.ledger import Ledger, Receipt, Tally
@@ -23,7 +23,7 @@ from dinoray.progress import Progress
 from dinoray.resolve import Resolved
 from dinoray.runners import statistics
 from dinoray.runners.build import RunnerSpec
-from dinoray.units import Plan, PlanWriter, fingerprint_of
+from dinoray.units import CELL_ITEM_SCHEMA, ITEM_SCHEMA, Plan, PlanWriter, fingerprint_of
 
 STATS_UNIT_ITEMS = 64
 
@@ -44,7 +44,8 @@ def seal_generation(store: Store, resolved: Resolved, spool: Spool, pool: Pool, 
         scaling = statistics.read_scaling(table)
         salt = lambda groups: canonical_json({g: scaling.get(g) for g in sorted(groups)})  # noqa: E731
     writer = PlanWriter(store, prefix, resolved.fingerprint, max_items=job.unit_items, max_bytes=job.unit_bytes,
-                        group_salt=salt, id_salt="" if replaces is None else prefix)
+                        group_salt=salt, id_salt="" if replaces is None else prefix,
+                        schema=CELL_ITEM_SCHEMA if isinstance(job, ExtractCellsJob) else ITEM_SCHEMA)
     if replaces is not None:
         facts["replaces"] = replaced = {}  # filled while the units are written, before the facts are
         writer.on_unit = lambda unit_id, item_ids: replaced.update({unit_id: replaces(item_ids)})

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from dinoray.config import ExtractImagesJob
+from dinoray.config import ExtractJob
 from dinoray.driver import Driver
 from dinoray.errors import TooManyFailures
 from dinoray.failpoints import reach
@@ -60,7 +60,7 @@ class Session:
     progress: Progress
 
     @property
-    def job(self) -> ExtractImagesJob:
+    def job(self) -> ExtractJob:
         """The job, with every `auto` settled."""
         return self.resolved.job
 
@@ -101,7 +101,7 @@ class Session:
         self.progress.begin("retry" if part.kind == "retry" else "images", total=inputs, tally=tally)
         self.store.delete("_SUCCESS")  # it spoke of an output that was whole
         job = self.job
-        self.pool(RunnerSpec(RUNNER_OF[type(job)], job.out, part.prefix, job=job.model_dump(mode="json"),
+        self.pool(RunnerSpec(job.runner, job.out, part.prefix, job=job.model_dump(mode="json"),
                              weights=None if job.no_ray else self.resolved.weights_location(), digest=self.resolved.digest),
                   lambda: part.plan.pending(part.ledger.done()), on_receipt, self.driver.check)
         self.progress.end()
@@ -128,16 +128,14 @@ class Session:
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(tally.reasons.items()))
             bad = f", {tally.quarantined} quarantined ({reasons})"
             self.say(f"quarantined items, when they are mended: dinoray retry {out}")
+        if outcome.verified["without_objects"]:
+            bad += f", {outcome.verified['without_objects']} without objects"
         if tally.degraded_units:
             bad += f", {_count(tally.degraded_units, 'unit')} with degraded numerics"
         self.say(f"look at it: dinoray report {out}")
         self.say(f"dinoray {outcome.fingerprint}  complete: {_count(tally.items, 'image')}, {_count(tally.rows, 'row')}{bad}  "
                  f"output {outcome.out}  same command again: {outcome.resume_command}")
         return outcome
-
-
-RUNNER_OF: dict[type, str] = {ExtractImagesJob: "image-features"}
-"""Which runner does the units of a job."""
 
 
 @contextlib.contextmanager

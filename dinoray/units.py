@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from dinoray.config import canonical_json
 from dinoray.errors import OutputDamaged
 from dinoray.failpoints import reach
-from dinoray.io.items import FileRef, Item
+from dinoray.io.items import FileRef, Item, Objects
 from dinoray.io.stores import Store
 
 UNITS_PER_FILE = 1000
@@ -40,6 +40,12 @@ ITEM_SCHEMA = pa.schema([
     ("versions", pa.list_(pa.string())), ("channels", pa.list_(pa.string())), ("group", pa.string()),
     ("plate", pa.string()), ("metadata", pa.string()), ("problem", pa.string()),
 ])
+CELL_ITEM_SCHEMA = pa.schema([
+    *ITEM_SCHEMA, ("labels_uri", pa.string()), ("labels_size", pa.int64()), ("labels_version", pa.string()),
+    ("objects", pa.large_binary()), ("objects_unit", pa.string()),
+])
+"""Rows of a plan of cells: `labels_*` is the label image, `objects` the packed centroids (io.items.Objects). Plans of
+images keep ITEM_SCHEMA, and their units the ids they had before there were cells."""
 INDEX_SCHEMA = pa.schema([
     ("unit_id", pa.string()), ("num_items", pa.int32()), ("num_bytes", pa.int64()), ("plate", pa.string()),
 ])
@@ -65,29 +71,46 @@ def fingerprint_of(settings: dict[str, Any]) -> str:
 
 
 def item_row(item: Item) -> dict[str, Any]:
-    """An item as a row of `ITEM_SCHEMA`."""
-    return {
+    """An item as a row of `ITEM_SCHEMA`, or of `CELL_ITEM_SCHEMA` when it has labels or objects."""
+    row = {
         "item_id": item.item_id, "uris": [f.uri for f in item.files], "sizes": [f.size for f in item.files],
         "versions": [f.version for f in item.files], "channels": list(item.channels), "group": item.group,
         "plate": item.plate, "metadata": canonical_json(item.metadata), "problem": item.problem,
     }
+    if item.labels is not None:
+        row |= {"labels_uri": item.labels.uri, "labels_size": item.labels.size, "labels_version": item.labels.version}
+    if item.objects is not None:
+        row |= {"objects": item.objects.packed, "objects_unit": item.objects.unit}
+    return row
 
 
 def items_of(table: pa.Table) -> tuple[Item, ...]:
-    """The items of rows of `ITEM_SCHEMA`."""
+    """The items of rows of `ITEM_SCHEMA` or `CELL_ITEM_SCHEMA`."""
     return tuple(
         Item(row["item_id"], tuple(FileRef(*f) for f in zip(row["uris"], row["sizes"], row["versions"], strict=True)),
-             tuple(row["channels"]), row["group"], row["plate"], json.loads(row["metadata"]), row["problem"])
+             tuple(row["channels"]), row["group"], row["plate"], json.loads(row["metadata"]), row["problem"],
+             _labels_of(row), Objects(row["objects"], row["objects_unit"]) if row.get("objects") is not None else None)
         for row in table.to_pylist()
     )
 
 
+def _labels_of(row: dict[str, Any]) -> FileRef | None:
+    if row.get("labels_uri") is None:
+        return None
+    return FileRef(row["labels_uri"], row["labels_size"], row["labels_version"])
+
+
 def row_digest(row: dict[str, Any]) -> bytes:
-    """16 bytes that identify an item's row: id, (uri, size, version) and channel of each file, metadata, group.
+    """16 bytes that identify an item's row: id, (uri, size, version) and channel of each file, metadata, group, and
+    of cells the label image or the centroids.
 
     `problem` is left out: planning finds it again, and duplicates are marked after the digest is taken.
     """
-    content = json.dumps([row[name] for name in ITEM_SCHEMA.names if name != "problem"], ensure_ascii=False)
+    values = [row[name] for name in ITEM_SCHEMA.names if name != "problem"]
+    values += [row[name] for name in ("labels_uri", "labels_size", "labels_version") if row.get("labels_uri") is not None]
+    if row.get("objects") is not None:
+        values += [row["objects_unit"], hashlib.blake2b(row["objects"], digest_size=16).hexdigest()]
+    content = json.dumps(values, ensure_ascii=False)
     return hashlib.blake2b(content.encode(), digest_size=16).digest()
 
 
@@ -109,12 +132,13 @@ class PlanWriter:
     """Streams units into plan files. Use: `add` items in listing order, then `seal`."""
 
     def __init__(self, store: Store, prefix: str, fingerprint: str, *, max_items: int, max_bytes: int,
-                 group_salt: Callable[[set[str]], str] | None = None, max_open: int = MAX_OPEN_PLATES, id_salt: str = ""):
+                 group_salt: Callable[[set[str]], str] | None = None, max_open: int = MAX_OPEN_PLATES, id_salt: str = "",
+                 schema: pa.Schema = ITEM_SCHEMA):
         self.store, self.prefix, self.fingerprint = store, prefix, fingerprint
         self.max_items, self.max_bytes = max_items, max_bytes
         self.group_salt = group_salt
         """Text that enters a unit's id for the scaling groups of its items."""
-        self.max_open = max_open
+        self.max_open, self.schema = max_open, schema
         self.id_salt = id_salt
         """Text that enters every unit's id: the items of a retry were in a unit before."""
         self.on_unit: Callable[[str, list[str]], None] | None = None
@@ -125,9 +149,11 @@ class PlanWriter:
         self._writer: pq.ParquetWriter | None = None
 
     def add(self, row: dict[str, Any], digest: bytes) -> None:
-        """Add one item: its row of ITEM_SCHEMA and its `item_digest`."""
+        """Add one item: its row of the writer's schema and its `item_digest`."""
+        if self.schema is ITEM_SCHEMA and (row.get("labels_uri") is not None or row.get("objects") is not None):
+            raise ValueError(f"{row['item_id']}: labels and objects need a plan of CELL_ITEM_SCHEMA")
         plate = row["plate"]
-        size = sum(max(0, s) for s in row["sizes"])
+        size = sum(max(0, s) for s in (*row["sizes"], row.get("labels_size") or 0))
         unit = self._open.get(plate)
         if unit is not None and (len(unit.rows) >= self.max_items or unit.num_bytes + size > self.max_bytes):
             self._flush(plate)
@@ -150,8 +176,8 @@ class PlanWriter:
             hasher.update(digest + (row["problem"] or "").encode())
         if self._writer is None:
             self._sink = io.BytesIO()
-            self._writer = pq.ParquetWriter(self._sink, ITEM_SCHEMA, compression="zstd", write_statistics=False)
-        self._writer.write_table(pa.Table.from_pylist(unit.rows, schema=ITEM_SCHEMA), row_group_size=len(unit.rows))
+            self._writer = pq.ParquetWriter(self._sink, self.schema, compression="zstd", write_statistics=False)
+        self._writer.write_table(pa.Table.from_pylist(unit.rows, schema=self.schema), row_group_size=len(unit.rows))
         unit_id = hasher.hexdigest()[:20]
         if self.on_unit is not None:
             self.on_unit(unit_id, [row["item_id"] for row in unit.rows])

@@ -79,7 +79,8 @@ def _check_fast(store: Store) -> tuple[dict[str, Any], list[Generation]]:
         raise OutputDamaged(f"{len(missing)} of {units} units are not done: {_some(missing)}", where=store.url,
                             todo="run the same command again: it does what is missing")
     expected: dict[str, int] = {}
-    totals: dict[str, Any] = {"units": 0, "items": 0, "rows": 0, "row_items": 0, "quarantined": 0, "bytes": 0}
+    totals: dict[str, Any] = {"units": 0, "items": 0, "rows": 0, "row_items": 0, "without_objects": 0,
+                              "quarantined": 0, "bytes": 0}
     problems: list[str] = []
     tables: list[tuple[str, int]] = []
     found: dict[str, int] = {}
@@ -92,10 +93,11 @@ def _check_fast(store: Store) -> tuple[dict[str, Any], list[Generation]]:
             totals["items"] += receipt.items if replaced is None else 0
             for name in ("rows", "row_items", "quarantined"):
                 totals[name] += getattr(receipt, name)
+            totals["without_objects"] += len(receipt.without_objects)
             totals["quarantined"] -= sum((replaced or {}).values())
-            if receipt.items != receipt.row_items + receipt.quarantined:
-                problems.append(f"unit {receipt.unit}: {receipt.items} inputs, but {receipt.row_items} with rows and "
-                                f"{receipt.quarantined} quarantined")
+            if receipt.items != receipt.row_items + len(receipt.without_objects) + receipt.quarantined:
+                problems.append(f"unit {receipt.unit}: {receipt.items} inputs, but {receipt.row_items} with rows, "
+                                f"{len(receipt.without_objects)} without objects and {receipt.quarantined} quarantined")
             if receipt.fingerprint != part.plan.facts["fingerprint"]:
                 problems.append(f"unit {receipt.unit}: its receipt has the fingerprint of another job, {receipt.fingerprint}")
             for stored in receipt.objects:
@@ -177,8 +179,9 @@ def _deep_unit(store: Store, unit: Unit, receipt: Receipt) -> tuple[list[str], l
     planned = [item.item_id for item in unit.items]
     if with_rows & set(quarantined):
         problems.append(f"unit {unit.id}: both rows and quarantine: {_some(sorted(with_rows & set(quarantined)))}")
-    if sorted([*with_rows, *quarantined]) != sorted(planned):
-        problems.append(f"unit {unit.id}: rows and quarantine do not add up to the {len(planned)} planned inputs")
+    if sorted([*with_rows, *receipt.without_objects, *quarantined]) != sorted(planned):
+        problems.append(f"unit {unit.id}: rows, items without objects and quarantine do not add up to the {len(planned)} "
+                        "planned inputs")
     return problems, quarantined
 
 

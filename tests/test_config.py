@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from dinoray.config import (
     EXECUTION_FIELDS,
+    ExtractCellsJob,
     ExtractImagesJob,
     build_job,
     canonical_json,
@@ -115,7 +116,8 @@ def test_defaults_of_the_contract() -> None:
 
 def test_result_settings_are_all_fields_but_how_it_runs() -> None:
     settings_ = job().result_settings()
-    assert set(ExtractImagesJob.model_fields) >= EXECUTION_FIELDS, "a name in EXECUTION_FIELDS is no field"
+    fields = {*ExtractImagesJob.model_fields, *ExtractCellsJob.model_fields}
+    assert fields >= EXECUTION_FIELDS, "a name in EXECUTION_FIELDS is no field"
     assert set(settings_) == set(ExtractImagesJob.model_fields) - EXECUTION_FIELDS
     assert json.loads(canonical_json(settings_)) == settings_
     changed = job(workers="7", no_ray=True, rounds=9, decode_threads=3, max_failed_fraction=0.5, strict=True)

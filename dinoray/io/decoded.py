@@ -49,6 +49,8 @@ class DecodedImage:
     files are print resolutions (72 dpi) more often than sizes. None when X and Y differ by over 1 %."""
     is_rgb8: bool = False
     """Three 8-bit channels that are one colour image (alpha was dropped)."""
+    is_stretched: bool = False
+    """Fewer than 8 bits per value in the file, decoded to 0..255: good for looking, wrong for labels."""
 
 
 def check_limits(

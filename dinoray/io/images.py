@@ -91,6 +91,22 @@ def decode_image(
                         where=uri) from error
 
 
+def declared_pixel_size(data: bytes, uri: str, limits: Limits | None = None) -> float | None:
+    """The pixel size in µm that an image file declares, as `decode_image` would give it; no pixel is decoded.
+
+    Raises ItemError as `decode_image` does.
+    """
+    limits = limits or Limits()
+    if sniff(data, uri) != "tiff":
+        return None  # the other formats know print resolutions only
+    try:
+        return tiff.declared_pixel_size(data, uri, limits)
+    except DinorayError:
+        raise
+    except Exception as error:  # as in decode_image
+        raise ItemError("decode", f"the TIFF cannot be read: {type(error).__name__}: {error}", where=uri) from error
+
+
 @dataclass(frozen=True)
 class LoadedItem:
     """The image of an item and what it cost: seconds of reading and of decoding, bytes as stored."""

@@ -24,8 +24,8 @@ from dinoray.io.table_paths import from_cell
 from dinoray.io.text_tables import text_rows
 from dinoray.io.walk import ZARR, LocalTree, RemoteTree, count, is_image_name
 
-_FILE_COLUMNS = ("uri", "path", "image", "file")
-_ID_COLUMNS = ("item_id", "id")
+FILE_COLUMNS = ("uri", "path", "image", "file")
+ID_COLUMNS = ("item_id", "id")
 _STANDARD = {name.lower(): f"Metadata_{name}" for name in ("Source", "Batch", "Plate", "Well", "Site")}
 _THREADS = 16
 _CHUNK = 16
@@ -66,7 +66,7 @@ def manifest_items(uri: str, root: str, ignored: dict[str, int]) -> Iterator[Ite
 def _is_load_data(names: list[str]) -> bool:
     """A column of a manifest's own (`uri`) decides against LoadData."""
     lower = [name.strip().lower() for name in names]
-    return is_load_data(names) and not any(n in _FILE_COLUMNS or n.startswith("uri_") for n in lower)
+    return is_load_data(names) and not any(n in FILE_COLUMNS or n.startswith("uri_") for n in lower)
 
 
 def _files(row: tuple[str | None, ...], columns: _Manifest | LoadData, folder: str) -> list[str | None] | ItemError:
@@ -84,7 +84,7 @@ class _Manifest:
         found = f"found columns: {', '.join(names)}"
         if len(set(lower)) < len(lower):
             raise BadRequest("two columns of a manifest have one name", where=uri, todo=found)
-        single = next((lower.index(name) for name in _FILE_COLUMNS if name in lower), None)
+        single = next((lower.index(name) for name in FILE_COLUMNS if name in lower), None)
         per_channel = [i for i, name in enumerate(lower) if name.startswith("uri_") and len(name) > 4]
         if (single is None) == (not per_channel):
             raise BadRequest(
@@ -92,7 +92,7 @@ class _Manifest:
                 f"each channel{', not both' if per_channel else ''}", where=uri, todo=found)
         self._files = per_channel or [single]
         self.channels = tuple(names[i].strip()[4:] for i in per_channel)
-        self._item_id = next((lower.index(name) for name in _ID_COLUMNS if name in lower), None)
+        self._item_id = next((lower.index(name) for name in ID_COLUMNS if name in lower), None)
         taken = {*self._files, self._item_id}
         self.metadata = {i: _metadata_name(name) for i, name in enumerate(names) if i not in taken}
         if len(set(self.metadata.values())) < len(self.metadata):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import struct
+from dataclasses import replace
 
 import imagecodecs
 import numpy as np
@@ -42,7 +43,8 @@ def decode_png(data: bytes, uri: str, limits: Limits) -> DecodedImage:
         pixels = pixels[:, :, None]
     if pixels.shape[2] in (2, 4):  # LA, RGBA, and the tRNS chunk's transparent colour
         pixels = pixels[:, :, :-1]
-    return finish(pixels.transpose(2, 0, 1), uri, is_rgb8=pixels.shape[2] == 3)
+    image = finish(pixels.transpose(2, 0, 1), uri, is_rgb8=pixels.shape[2] == 3)
+    return replace(image, is_stretched=bits < 8 and colour == 0)
 
 
 def _check_png(data: bytes, uri: str) -> tuple[int, int, int, int]:

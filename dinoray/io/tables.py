@@ -1,4 +1,4 @@
-"""The Parquet schema of image features: one row per (item, channel, tile), readable without dinoray or Ray.
+"""The Parquet schema of features: one row per (item, channel, tile or object), readable without dinoray or Ray.
 
 Vectors are FixedSizeList<float32 or float16>[D], never a Ray tensor extension type: pyarrow, pandas, polars,
 duckdb and Hugging Face datasets read them as they are. Rows stand in plan order; there is no timestamp, so
@@ -33,18 +33,21 @@ _FIXED = [
     ("p01", pa.float32()), ("p50", pa.float32()), ("p999", pa.float32()),
     ("frac_saturated", pa.float32()), ("focus", pa.float32()),
 ]
+_OBJECT = [("object_id", pa.int64()), ("centroid_y_px", pa.float64()), ("centroid_x_px", pa.float64()), ("area_px", pa.int64())]
 
 
 def feature_schema(*, vectors: Mapping[str, int], vector_dtype: str, dense: Sequence[str] = (),
-                   metadata_columns: Sequence[str] = (), facts: Mapping[str, Any] | None = None) -> pa.Schema:
+                   metadata_columns: Sequence[str] = (), facts: Mapping[str, Any] | None = None,
+                   objects: bool = False) -> pa.Schema:
     """The schema of one output: fixed columns, `Metadata_*`, vectors (name -> D), dense references.
 
     `dense`: columns of dense features, each giving `<name>_array` and `<name>_index` (`dense_array` and
     `dense_index` where there is one without a layer, named `patches`). `facts` go to the file metadata under
-    `dinoray` (fingerprint, model, weights digest, normalisation, preprocessing).
+    `dinoray` (fingerprint, model, weights digest, normalisation, preprocessing). `objects`: rows are objects of an
+    image, which adds object_id, centroid_y_px, centroid_x_px, area_px.
     """
     kind = {"float32": pa.float32(), "float16": pa.float16()}[vector_dtype]
-    fields = list(_FIXED) + [(name, pa.string()) for name in metadata_columns]
+    fields = _FIXED + (_OBJECT if objects else []) + [(name, pa.string()) for name in metadata_columns]
     for name in dense:
         array, index = dense_columns(name)
         fields += [(array, pa.string()), (index, pa.int64())]

@@ -55,6 +55,14 @@ def decode_tiff(data: bytes, uri: str, limits: Limits, z_projection: str = "refu
         return _read(data, grid, pages, layout, uri, z_projection)
 
 
+def declared_pixel_size(data: bytes, uri: str, limits: Limits) -> float | None:
+    """The pixel size in µm that a TIFF's metadata declare; raises as `decode_tiff`, but looks at no pixel."""
+    num_pages = count_pages(data, uri, limits)
+    with tifffile.TiffFile(io.BytesIO(data), _multifile=False) as tif:
+        tif.pages.cache = True
+        return find_layout(tif, [tif.pages[i] for i in range(num_pages)], uri, limits).pixel_size_um
+
+
 def _channel_grid(
     layout: Layout, pages: list[tifffile.TiffPage], uri: str, z_projection: str
 ) -> np.ndarray:

@@ -127,10 +127,6 @@ def _facts(run: Run, gallery: Gallery) -> dict[str, Any]:
     command = run.job["command"]
     if len(command) > COMMAND_CHARS:
         command = f"{command[:COMMAND_CHARS]}… (all of it is in _dinoray/job.json)"
-    tile = settings.get("tile_px", 256)
-    tiling = {"auto": f"tiles of {tile} px where a side exceeds {2 * tile} px, else whole images",
-              "tiles": f"tiles of {tile} px", "native": "whole images",
-              "resize": f"resized to {settings.get('resize_px')} px"}
     return {
         "model": described["model"], "weights": weights["source"], "digest": weights["digest"],
         "random": weights["source"].startswith("random"), "fingerprint": described["fingerprint"],
@@ -141,10 +137,19 @@ def _facts(run: Run, gallery: Gallery) -> dict[str, Any]:
         "normalisation": f"{rule + ': ' if rule else ''}mean {mean}; std {std}",
         "features": f"{', '.join(settings['features'])} of the {layers}; {settings['vector_dtype']} vectors",
         "scaling": f"{scaling[settings['scaling']]}; 8-bit RGB is divided by 255",
-        "contrast": settings.get("contrast", "none"), "tiles": tiling.get(settings.get("size", ""), "one crop per object"),
-        "channels": settings["channels"],
+        "contrast": settings.get("contrast", "none"), "tiles": _size(settings), "channels": settings["channels"],
         "has_maps": bool(gallery.bases), "command": command,
     }
+
+
+def _size(settings: dict[str, Any]) -> str:
+    """What part of an image a row is."""
+    if "crop_um" in settings:
+        masked = ", other cells masked" if settings["mask_neighbours"] else ""
+        return f"one row per cell: {settings['crop_um']:g} µm around its centroid, resampled to {settings['crop_px']} px{masked}"
+    tile = settings["tile_px"]
+    return {"auto": f"tiles of {tile} px where a side exceeds {2 * tile} px, else whole images", "tiles": f"tiles of {tile} px",
+            "native": "whole images", "resize": f"resized to {settings['resize_px']} px"}[settings["size"]]
 
 
 def _quality(sample: Sample) -> list[dict[str, Any]]:

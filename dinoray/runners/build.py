@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from dinoray.config import ExtractImagesJob
+from dinoray.config import recorded_job
 from dinoray.errors import BadRequest, OutputDamaged, WeightsError
 from dinoray.io.images import Limits
 from dinoray.io.stores import LocalStore, open_store, safe_join
@@ -29,7 +29,8 @@ MIN_ITEM_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True)
 class RunnerSpec:
-    """`kind` is `image-features`, `statistics` or `null` (reads nothing, writes a receipt: for benchmarks)."""
+    """`kind` is `image-features`, `cell-features`, `statistics` or `null` (reads nothing, writes a receipt: for
+    benchmarks)."""
 
     kind: str
     out: str
@@ -60,15 +61,16 @@ def _build(spec: RunnerSpec, backbone: Any) -> Runner:
         from dinoray.runners.null import NullRunner
 
         return NullRunner(plan, ledger)
-    job = ExtractImagesJob(**spec.job)
+    job = recorded_job(spec.job)
     if spec.kind == "statistics":
         from dinoray.runners.statistics import StatisticsRunner
 
         limits = Limits(max_pixels=job.max_pixels, max_bytes=job.max_file_bytes, max_file_bytes=job.max_file_bytes)
         return StatisticsRunner(plan, ledger, limits=limits, z_projection=job.z_projection,
                                 decode_threads=spec.decode_threads, prefetch_bytes=job.prefetch_bytes)
-    if spec.kind != "image-features":
-        raise BadRequest(f"no runner is called {spec.kind!r}", todo="use image-features, statistics or null")
+    if spec.kind not in ("image-features", "cell-features"):
+        raise BadRequest(f"no runner is called {spec.kind!r}", todo="use image-features, cell-features, statistics or null")
+    from dinoray.runners.cell_features import CellFeatureRunner
     from dinoray.runners.image_features import ImageFeatureRunner
     from dinoray.runners.statistics import read_scaling
 
@@ -81,8 +83,9 @@ def _build(spec: RunnerSpec, backbone: Any) -> Runner:
         scaling = read_scaling(pq.read_table(io.BytesIO(store.get(key))))
     if backbone is None:
         backbone = _load(spec, plan.facts["numerics"])
-    return ImageFeatureRunner(job, plan, ledger, backbone, scaling=scaling, decode_threads=spec.decode_threads,
-                              compute_threads=spec.compute_threads)
+    make = CellFeatureRunner if spec.kind == "cell-features" else ImageFeatureRunner
+    return make(job, plan, ledger, backbone, scaling=scaling, decode_threads=spec.decode_threads,
+                compute_threads=spec.compute_threads)
 
 
 def _load(spec: RunnerSpec, numerics: dict[str, Any]) -> Any:

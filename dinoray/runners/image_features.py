@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from dinoray.config import ExtractImagesJob
+from dinoray.config import ExtractJob
 from dinoray.errors import ItemError
 from dinoray.io.feature_maps import DenseWriter
 from dinoray.io.images import DecodedImage, Limits, load_item
@@ -59,9 +59,10 @@ class PreparedRow:
 
 @dataclass
 class Prepared:
-    """One image after the decode threads."""
+    """One image after the decode threads. `rows` may be made while they are read (and then raise ItemError);
+    `prepare_s` is complete after the last one."""
 
-    rows: list[PreparedRow]
+    rows: Iterable[PreparedRow]
     read_s: float
     decode_s: float
     prepare_s: float
@@ -81,10 +82,25 @@ class _UnitState:
     running: deque[tuple[list[tuple[int, int, Crop]], Future]] = field(default_factory=deque)
 
 
+@dataclass(frozen=True)
+class ChannelView:
+    """One channel row of an image: raw pixels `chosen` [C, Y, X], and what is to be scaled, `seen` with `low`, `high`."""
+
+    row: intensity.ChannelRow
+    uri: str
+    chosen: np.ndarray
+    seen: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
 class ImageFeatureRunner(UnitRunner):
     """Unit of images -> receipt. Holds one backbone for the life of the actor."""
 
-    def __init__(self, job: ExtractImagesJob, plan: Plan, ledger: Ledger, backbone: Backbone, *,
+    objects = False
+    """Whether rows are objects of an image, with an `object_id`."""
+
+    def __init__(self, job: ExtractJob, plan: Plan, ledger: Ledger, backbone: Backbone, *,
                  scaling: intensity.Scaling | None, decode_threads: int, compute_threads: int):
         super().__init__(plan, ledger, decode_threads=decode_threads, prefetch_bytes=job.prefetch_bytes)
         self.job, self.scaling = job, scaling
@@ -92,7 +108,7 @@ class ImageFeatureRunner(UnitRunner):
         self.numerics = plan.facts["numerics"]
         self.extractor = Extractor(backbone, features=job.features, layers=job.layers,
                                    token_budget=self.numerics["token_budget"],
-                                   resize_px=job.resize_px if job.size == "resize" else None)
+                                   resize_px=self.resized_to(job))
         self.on_cuda = self.extractor.device.type == "cuda"
         self.compute_threads = 1 if self.on_cuda else compute_threads
         self._threads_before = torch.get_num_threads()
@@ -106,7 +122,12 @@ class ImageFeatureRunner(UnitRunner):
         self.schema = feature_schema(
             vectors=dict.fromkeys(self.vector_columns, backbone.config.dim), vector_dtype=job.vector_dtype,
             dense=list(self.dense_columns), metadata_columns=plan.facts["metadata_columns"],
-            facts=plan.facts["described"])
+            facts=plan.facts["described"], objects=self.objects)
+
+    @staticmethod
+    def resized_to(job: ExtractJob) -> int | None:
+        """Side in px that every crop gets on the device; None leaves crops as they are."""
+        return job.resize_px if job.size == "resize" else None
 
     def close(self) -> None:
         super().close()
@@ -127,30 +148,42 @@ class ImageFeatureRunner(UnitRunner):
         boxes = windows(height, width, size=job.size, tile_px=job.tile_px,
                         patch=self.extractor.backbone.config.patch_size)
         check_pixels(pixels)
-        names = intensity.channel_names(image.channel_names, len(pixels), image.is_rgb8)
-        pixel_size = image.pixel_size_um or job.pixel_size_um
-        percents = (job.scaling_low_percent, job.scaling_high_percent)
         rows = []
-        for channel in intensity.channel_rows(job.channels, names, image.is_rgb8):
-            chosen = pixels[list(channel.indices)]
-            low, high = intensity.limits(pixels, names, channel, rule=job.scaling, group=item.group,
+        for view in self._views(item, image):
+            for box in boxes:
+                part = np.s_[:, box.y0:box.y1, box.x0:box.x1]
+                values = self._values(item, image, view) | {
+                    "tile": box.tile, "y0": box.y0, "x0": box.x0, "y1": box.y1, "x1": box.x1, **quality(view.chosen[part])}
+                rows.append(PreparedRow(values, Crop(for_torch(view.seen[part]), view.low, view.high, view.row.mode)))
+        return rows
+
+    def _views(self, item: Item, image: DecodedImage) -> Iterator[ChannelView]:
+        """The rows that the channel policy makes of an image, contrast applied. Raises ItemError."""
+        job, pixels = self.job, image.pixels
+        names = intensity.channel_names(image.channel_names, len(pixels), image.is_rgb8)
+        percents = (job.scaling_low_percent, job.scaling_high_percent)
+        for row in intensity.channel_rows(job.channels, names, image.is_rgb8):
+            chosen = pixels[list(row.indices)]
+            low, high = intensity.limits(pixels, names, row, rule=job.scaling, group=item.group,
                                          table=self.scaling, percents=percents)
             seen = chosen
             if job.contrast == "clahe" or not intensity.exact_in_float32(pixels.dtype):
                 seen = np.stack([intensity.scale(plane, a, b) for plane, a, b in zip(chosen, low, high, strict=True)])
                 low, high = np.zeros(len(low), np.float32), np.ones(len(low), np.float32)
             if job.contrast == "clahe":
-                tile = intensity.clahe_tile(job.clahe_tile_px, job.clahe_tile_um, pixel_size)
+                tile = intensity.clahe_tile(job.clahe_tile_px, job.clahe_tile_um, self._pixel_size(image))
                 seen = np.stack([intensity.clahe(plane, tile=tile, clip=job.clahe_clip) for plane in seen])
-            for box in boxes:
-                part = np.s_[:, box.y0:box.y1, box.x0:box.x1]
-                values = {"item_id": item.item_id, "uri": item.files[0].uri if len(item.files) == 1 or
-                          channel.mode != "repeat" else item.files[channel.indices[0]].uri,
-                          "channel": channel.name, "tile": box.tile, "y0": box.y0, "x0": box.x0, "y1": box.y1,
-                          "x1": box.x1, "height": height, "width": width, "pixel_size_um": pixel_size,
-                          **quality(chosen[part]), **{k: item.metadata.get(k) for k in self._metadata_columns}}
-                rows.append(PreparedRow(values, Crop(_for_torch(seen[part]), low, high, channel.mode)))
-        return rows
+            uri = item.files[0 if len(item.files) == 1 or row.mode != "repeat" else row.indices[0]].uri
+            yield ChannelView(row, uri, chosen, seen, low, high)
+
+    def _values(self, item: Item, image: DecodedImage, view: ChannelView) -> dict[str, Any]:
+        """The columns that all rows of one image and channel share."""
+        height, width = image.pixels.shape[1:]
+        return {"item_id": item.item_id, "uri": view.uri, "channel": view.row.name, "height": height, "width": width,
+                "pixel_size_um": self._pixel_size(image), **{k: item.metadata.get(k) for k in self._metadata_columns}}
+
+    def _pixel_size(self, image: DecodedImage) -> float | None:
+        return image.pixel_size_um or self.job.pixel_size_um
 
     @property
     def _metadata_columns(self) -> list[str]:
@@ -174,7 +207,8 @@ class ImageFeatureRunner(UnitRunner):
             puts.append(self.put_later(key, data))
             seconds["wait_write"] += time.monotonic() - began
 
-        dense = DenseWriter(part, put, dtype=self.job.dense_dtype, attributes={"dinoray": self.plan.facts["described"]})
+        dense = DenseWriter(part, put, dtype=self.job.dense_dtype if self.dense_columns else "float16",
+                            attributes={"dinoray": self.plan.facts["described"]})
         entries = iter(loaded)
         for position in range(len(unit.items)):
             began = time.monotonic()
@@ -184,13 +218,17 @@ class ImageFeatureRunner(UnitRunner):
                 state.bad[position] = entry.error
                 continue
             prepared: Prepared = entry.value
+            receipt.bytes_read += prepared.num_bytes
+            rows = state.rows[position] = []
+            try:
+                for number, row in enumerate(prepared.rows):
+                    rows.append(row.values)
+                    self._gather(state, position, number, row.crop, dense, part, seconds)
+                    row.crop = None
+            except ItemError as error:  # of rows that are made as they are read
+                state.bad[position] = error
             for stage in ("read", "decode", "prepare"):
                 seconds[stage] += getattr(prepared, f"{stage}_s")
-            receipt.bytes_read += prepared.num_bytes
-            state.rows[position] = [row.values for row in prepared.rows]
-            for number, row in enumerate(prepared.rows):
-                self._gather(state, position, number, row.crop, dense, part, seconds)
-                row.crop = None
         for key in list(state.waiting):
             self._launch(state, key)
         while state.running:
@@ -212,17 +250,17 @@ class ImageFeatureRunner(UnitRunner):
                 seconds: dict[str, float]) -> None:
         group = state.waiting.setdefault(crop.key, [])
         group.append((position, number, crop))
-        state.waiting_bytes += crop.pixels.nbytes
+        state.waiting_bytes += crop.nbytes
         full = len(group) == self.extractor.micro_batch(*crop.pixels.shape[1:])
         if full or state.waiting_bytes > WAITING_BYTES:
-            key = crop.key if full else max(state.waiting, key=lambda k: sum(c.pixels.nbytes for _, _, c in state.waiting[k]))
+            key = crop.key if full else max(state.waiting, key=lambda k: sum(c.nbytes for _, _, c in state.waiting[k]))
             while len(state.running) > self.compute_threads:  # one batch ready behind each running one
                 self._collect(state, dense, part, seconds)
             self._launch(state, key)
 
     def _launch(self, state: _UnitState, key: tuple) -> None:
         group = state.waiting.pop(key)
-        state.waiting_bytes -= sum(crop.pixels.nbytes for _, _, crop in group)
+        state.waiting_bytes -= sum(crop.nbytes for _, _, crop in group)
         state.running.append((group, self._compute.submit(self._timed_extract, [crop for _, _, crop in group])))
 
     def _timed_extract(self, crops: list[Crop]) -> tuple[dict[str, np.ndarray] | ItemError, float]:
@@ -263,7 +301,8 @@ class ImageFeatureRunner(UnitRunner):
             columns = {f.name: ([row[f.name] for row in rows] if not pa.types.is_fixed_size_list(f.type)
                                 else np.stack([row[f.name] for row in rows])) for f in self.schema}
             put(f"features/{_folder(unit.plate)}part-{unit.id}{self.plan.suffix}.parquet", write_table(columns, self.schema))
-        receipt.rows, receipt.row_items = len(rows), len(good)
+        receipt.without_objects = [unit.items[position].item_id for position in good if not state.rows[position]]
+        receipt.rows, receipt.row_items = len(rows), len(good) - len(receipt.without_objects)
         receipt.quarantined = len(state.bad)
         if state.bad:
             table = []
@@ -310,7 +349,7 @@ def _folder(plate: str | None) -> str:
     return safe_join(name) + "/"
 
 
-def _for_torch(pixels: np.ndarray) -> np.ndarray:
+def for_torch(pixels: np.ndarray) -> np.ndarray:
     """Contiguous pixels in a dtype that torch takes; whatever float32 cannot hold was scaled before."""
     if pixels.dtype in (np.uint8, np.uint16, np.float32):
         return np.ascontiguousarray(pixels)

@@ -18,21 +18,33 @@ import torch.nn.functional as F
 from dinoray.errors import ItemError
 from dinoray.memory.budget import micro_batch, padded_batch
 from dinoray.vision.backbone import Backbone
+from dinoray.vision.crops import Place, filter_weights
 
 
 @dataclass(frozen=True)
 class Crop:
-    """Raw pixels [C, h, w] of one row in the file's dtype, with `low`, `high` float32 [C]; see ChannelRow.mode."""
+    """Raw pixels [C, h, w] of one row in the file's dtype, with `low`, `high` float32 [C]; see ChannelRow.mode.
+
+    With `place` the pixels are the block of a square (dinoray.vision.crops) that is resampled to the extractor's
+    `resize_px`; `hidden` bool [h, w] are pixels that become 0 once scaled.
+    """
 
     pixels: np.ndarray
     low: np.ndarray
     high: np.ndarray
     mode: str
+    place: Place | None = None
+    hidden: np.ndarray | None = None
 
     @property
     def key(self) -> tuple:
         """Crops with equal keys may share a batch."""
         return (self.mode, self.pixels.shape, self.pixels.dtype.str)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that this crop holds."""
+        return self.pixels.nbytes + (0 if self.hidden is None else self.hidden.nbytes)
 
 
 def column_names(features: Sequence[str], layers: Sequence[int] | None) -> list[tuple[str, str, int | None]]:
@@ -106,6 +118,16 @@ class Extractor:
         except torch.OutOfMemoryError:
             return None
 
+    def _resample(self, blocks: torch.Tensor, places: Sequence[Place]) -> torch.Tensor:
+        """Blocks [B, C, n, n] float32 -> their squares [B, C, resize_px, resize_px]: two products with the filters."""
+        out_px = self.resize_px
+
+        def weights(offset: str) -> torch.Tensor:
+            filters = [filter_weights(getattr(p, offset), p.side, p.size, out_px) for p in places]
+            return torch.from_numpy(np.stack(filters)).to(self.device)[:, None]
+
+        return weights("offset_y") @ blocks @ weights("offset_x").mT
+
     @torch.inference_mode()
     def _forward(self, crops: Sequence[Crop]) -> dict[str, np.ndarray]:
         n = len(crops)
@@ -116,9 +138,13 @@ class Extractor:
         low = torch.from_numpy(np.stack([c.low for c in padded])).to(self.device)[:, :, None, None]
         high = torch.from_numpy(np.stack([c.high for c in padded])).to(self.device)[:, :, None, None]
         x = ((raw.to(torch.float32) - low) / (high - low)).clamp_(0.0, 1.0)
+        if crops[0].hidden is not None:
+            x = x.masked_fill_(torch.from_numpy(np.stack([c.hidden for c in padded])).to(self.device)[:, None], 0.0)
         if crops[0].mode == "mean":
             x = x.mean(dim=1, keepdim=True)
-        if self.resize_px:  # as the reference processor: after scaling, bilinear with antialias
+        if crops[0].place is not None:
+            x = self._resample(x, [c.place for c in padded])
+        elif self.resize_px:  # as the reference processor: after scaling, bilinear with antialias
             x = F.interpolate(x, size=(self.resize_px,) * 2, mode="bilinear", antialias=True, align_corners=False)
         x = ((x - self.mean) / self.std).to(self.dtype)
         tokens = self.backbone(x, layers=self.layers)
@@ -126,7 +152,8 @@ class Extractor:
         result = {}
         for column, feature, layer in column_names(self.features, self.layers):
             t = found[layer]
-            value = {"cls": lambda t=t: t.cls, "patch_mean": lambda t=t: t.patches.float().mean(dim=(1, 2)),
+            # clone: a view would keep the tokens of the whole batch alive as long as one row's vector
+            value = {"cls": lambda t=t: t.cls.clone(), "patch_mean": lambda t=t: t.patches.float().mean(dim=(1, 2)),
                      "patches": lambda t=t: t.patches}[feature]()
             result[column] = value[:n].float().cpu().numpy()
         return result
