@@ -29,7 +29,8 @@ MIN_ITEM_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True)
 class RunnerSpec:
-    """`kind` is `image-features`, `statistics` or `null` (reads nothing, writes a receipt: for benchmarks)."""
+    """`kind` is `image-features`, `statistics` or `null` (reads nothing, writes a receipt: for benchmarks;
+    its `job` holds `sleep_s`)."""
 
     kind: str
     out: str
@@ -59,7 +60,7 @@ def _build(spec: RunnerSpec, backbone: Any) -> Runner:
     if spec.kind == "null":
         from dinoray.runners.null import NullRunner
 
-        return NullRunner(plan, ledger)
+        return NullRunner(plan, ledger, sleep_s=float(spec.job.get("sleep_s", 0)))
     job = ExtractImagesJob(**spec.job)
     if spec.kind == "statistics":
         from dinoray.runners.statistics import StatisticsRunner
