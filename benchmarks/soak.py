@@ -179,7 +179,8 @@ def soak(given: argparse.Namespace, out: str) -> list[str]:
         ["starts; of them repeated (at most one for each kill)", f"{sum(attempts.values()):,}; {again}"],
         ["scratch files left", str(scratch)],
     ]))
-    print(table([f"{len(samples.values['done'])} samples, the first fifth left out", "start", "largest", "end", "per 1,000 units"], [
+    header = [f"{len(samples.values['done'])} samples, the first fifth left out", "start", "largest", "end", "per 1,000 units"]
+    print(table(header, [
         ["driver, MB resident", *samples.row("driver", 1e6)],
         ["Ray's own processes, MB resident", *samples.row("ray", 1e6)],
         [f"{given.workers} actors, MB resident", *samples.row("actors", 1e6)],
