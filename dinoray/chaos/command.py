@@ -126,10 +126,9 @@ class _Test:
                 break
         for problem in self.problems:
             self.say(f"  {problem}")
-        verdict = "EQUAL" if not self.problems else "NOT EQUAL"
-        self.say(f"{verdict}: {self.number} kills (seed {settings.seed}) on {outputs} output{'s' * (outputs != 1)}, each resumed "
-                 f"with the same command and compared with a clean run, {time.monotonic() - began:.0f} s"
-                 + (f"; {len(self.problems)} problems, listed above" if self.problems else ""))
+        verdict = f"{'NOT ' if self.problems else ''}EQUAL: {_count(self.number, 'kill')} (seed {settings.seed}) on"
+        self.say(f"{verdict} {_count(outputs, 'output')}, each resumed with the same command and compared with a clean run, "
+                 f"{time.monotonic() - began:.0f} s" + (f"; problems: {len(self.problems)}, listed above" * bool(self.problems)))
         return not self.problems
 
     def _one_output(self, store: LocalStore, starts: deque[list[Kill]], work_s: float, units: int) -> tuple[int, bool]:
@@ -173,13 +172,18 @@ class _Test:
                      f"{totals['quarantined']} quarantined; compared {len(expected)} data objects")
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def _objects(store: LocalStore) -> dict[str, bytes]:
     return {key: store.get(key) for folder in DATA_FOLDERS for key, _ in store.list(folder)}
 
 
 def _victim(kill: Kill, start: Start) -> str:
     """What was killed: the driver's own failpoints also strike the child in which it runs a unit that it isolates."""
-    return str(kill).replace("driver", "child of an isolated unit") if start.code in COMPLETE and kill.victim == "driver" else str(kill)
+    in_child = start.code in COMPLETE and kill.victim == "driver"
+    return str(kill).replace("driver", "child of an isolated unit") if in_child else str(kill)
 
 
 def _survived(store: LocalStore, start: Start, units: int) -> str:

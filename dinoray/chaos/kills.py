@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 
 STATISTICS = ("stats.begin", "stats.data", "stats.receipt", "stats.done")
 UNITS = ("item.load", "unit.begin", "unit.data", "unit.receipt", "unit.done")
-STAGES = ("plan.request", *STATISTICS, "plan.file", "plan.seal", *UNITS, "run.verify")
-"""The points at which a kill can strike, in the order in which a run passes them."""
+STAGES = ("plan.request", "plan.file", "plan.seal", *STATISTICS, "plan.file@2", "plan.seal@2", *UNITS, "run.verify")
+"""The points at which a kill can strike, in the order in which a run passes them: first the plan of the statistics
+pass is written, then (second passage) the plan itself."""
 IN_ACTORS = frozenset((*STATISTICS, *UNITS))
 """Points that are passed where units run: in an actor, or in the driver when there is no Ray."""
-RANDOM_SHARE = 0.3
+RANDOM_SHARE = 0.25
 """Share of the kills that strike at random moments."""
 ACTORS_PER_START = 4
 """Under Ray: so many kills of actors, then one of the driver."""
@@ -49,17 +50,17 @@ def draw_kills(count: int, seed: int, *, ray: bool) -> list[list[Kill]]:
     moments = [rng.random() for _ in range(round(count * RANDOM_SHARE))]
     named = _named(count - len(moments), rng)
     if not ray:
-        kills = [Kill("driver", point, rng.randint(1, 3) if point in UNITS else 1) for point in named]
+        kills = [_kill("driver", point, rng, 3) for point in named]
         for moment in moments:
             kills.insert(rng.randint(0, len(kills)), Kill("driver", moment=moment))
         return [[kill] for kill in kills]
     starts: list[list[Kill]] = [[]]
     for number, point in enumerate(named):
         if point not in IN_ACTORS:
-            starts[-1].append(Kill("driver", point))
+            starts[-1].append(_kill("driver", point, rng, 1))
             starts.append([])
             continue
-        starts[-1].append(_unlike(Kill("actor", point, rng.randint(1, 2) if point in UNITS else 1), starts[-1]))
+        starts[-1].append(_unlike(_kill("actor", point, rng, 2), starts[-1]))
         if point in UNITS and moments and number % 2:
             starts[-1].append(Kill("actor", moment=moments.pop()))
         if point in UNITS and moments and len(starts[-1]) >= ACTORS_PER_START:
@@ -74,6 +75,12 @@ def _named(count: int, rng: random.Random) -> list[str]:
     points = rng.sample(STAGES, min(count, len(STAGES)))
     points += rng.choices(UNITS, k=count - len(points))
     return sorted(points, key=STAGES.index)
+
+
+def _kill(victim: str, stage: str, rng: random.Random, most: int) -> Kill:
+    """A kill at a stage, in one of the first `most` passages where units give many."""
+    point, _, passage = stage.partition("@")
+    return Kill(victim, point, rng.randint(1, most) if point in UNITS else int(passage or 1))
 
 
 def _unlike(kill: Kill, others: list[Kill]) -> Kill:

@@ -18,6 +18,7 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 from ray.data._internal.logging import configure_logging
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dinoray.cluster.resources import ActorShape
 from dinoray.errors import DinorayError, SystemicError
@@ -126,7 +127,8 @@ def _round(spec: RunnerSpec, pending: list[int], this: Round, shape: ActorShape,
     """One Dataset over the pending units."""
     rows: queue.Queue[Any] = queue.Queue()
     stop = threading.Event()
-    monitor = Monitor.remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    monitor = Monitor.options(scheduling_strategy=here).remote()  # elsewhere it would be lost with its node
     thread = threading.Thread(target=_execute, args=(spec, pending, shape, monitor, rows, stop), daemon=True)
     thread.start()
     try:
