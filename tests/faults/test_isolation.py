@@ -192,6 +192,7 @@ def test_a_healthy_unit_whose_actor_is_killed_five_times_is_complete_in_one_run(
 # ---------------------------------------------------------------- an item that hangs
 
 
+@pytest.mark.slow
 def test_an_item_that_hangs_is_quarantined_as_timeout(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     script = ("import sys, dinoray.runners.build as build; build.MIN_ITEM_TIMEOUT_S = 4.0\n"

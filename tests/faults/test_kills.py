@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -138,7 +139,7 @@ def test_a_difference_is_found_named_and_kept(tmp_path: Path, monkeypatch: pytes
         if store.root.name != "clean":
             key = min(key for key, _ in store.list("features"))
             data = bytearray(store.get(key))
-            data[len(data) // 2] ^= 1
+            data[8] ^= 1
             store.put(key, bytes(data))
         return Start(code=outcome.exit_code, carried_out=list(kills), done=2)
 
@@ -174,13 +175,18 @@ def test_chaos_refuses_a_folder_that_is_not_empty_and_a_job_that_cannot_run(tmp_
 def test_of_two_drivers_one_works_and_the_other_says_who_holds_the_output(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     argv = command(images, out, *FLAGS)
-    with subprocess.Popen(argv, env={**environment(), "DINORAY_FAILPOINTS": "unit.receipt=sleep:6@2"}, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True) as first:
+    env = {**environment(), "DINORAY_FAILPOINTS": "unit.receipt=sleep:1@2"}
+    with subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as first:
         while not count(out / "_dinoray/receipts"):
             assert first.poll() is None, first.stdout.read()
-        refused = complete(argv, code=2)
-        with pytest.raises(OutputHeld, match=f"process {first.pid} on "):
-            run(images, out, features=ALL_FEATURES, unit_items=2)
+            time.sleep(0.005)
+        first.send_signal(signal.SIGSTOP)  # alive and in the middle, for as long as the second needs
+        try:
+            refused = complete(argv, code=2)
+            with pytest.raises(OutputHeld, match=f"process {first.pid} on "):
+                run(images, out, features=ALL_FEATURES, unit_items=2)
+        finally:
+            first.send_signal(signal.SIGCONT)
         printed = first.communicate(timeout=120)[0]
     assert first.returncode == 0, printed
     assert f"another driver works on this output: process {first.pid} on " in refused
@@ -222,7 +228,7 @@ def test_a_pid_that_belongs_to_another_process_now_holds_nothing(images: Path, t
     killed_at("unit.receipt=kill", command(images, out, *FLAGS))
     note = json.loads((out / "_dinoray/driver.json").read_text())
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:  # alive, with that number
-        (out / "_dinoray/driver.json").write_text(json.dumps({**note, "pid": other.pid}))
+        (out / "_dinoray/driver.json").write_text(json.dumps({**note, "pid": other.pid, "started": note["started"] - 3600}))
         run(images, out, features=ALL_FEATURES, unit_items=2)
         other.communicate(b"\n")
     check_whole(out)
