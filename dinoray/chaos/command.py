@@ -64,11 +64,12 @@ def run_chaos(settings: ChaosSettings, say: Callable[[str], None]) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     else:
         folder = Path(tempfile.mkdtemp(prefix="dinoray-chaos-"))
-    equal = False
+    keep = settings.keep
     try:
         equal = _Test(settings, folder, say).run()
+        keep = keep or not equal  # the objects that differ are the evidence
     finally:
-        if settings.keep or (not equal and any(folder.iterdir())):
+        if keep:
             say(f"outputs kept: {folder}")
         else:
             shutil.rmtree(folder)
@@ -87,12 +88,10 @@ class _Test:
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.settings.seed)
-        source = self.folder / "pictures"
+        source = self.settings.source or str(self.folder / "pictures")
         if self.settings.source is None:
-            self.say(f"{make_pictures(source)} pictures that ship with scikit-image, 8 and 16 bits, one of them cut off")
-        else:
-            source = Path(self.settings.source).absolute()
-        self.job = ["extract", "images", str(source), "--model", self.settings.model, "--weights", "random",
+            self.say(f"{make_pictures(Path(source))} pictures that ship with scikit-image, 8 and 16 bits, one of them cut off")
+        self.job = ["extract", "images", source, "--model", self.settings.model, "--weights", "random",
                     "--features", FEATURES, "--unit-items", "2", "--pattern", "none",
                     *(["--limit", str(self.settings.limit)] if self.settings.source is not None else []),
                     *(["--workers", "2", "--compute-threads", "1"] if self.settings.ray else ["--no-ray"])]
@@ -110,7 +109,7 @@ class _Test:
             raise BadRequest(f"the job does not even run undisturbed (exit code {first.code}):\n{first.printed[-2000:]}",
                              where=" ".join(self.job), todo="mend the source or the model first")
         units = len(Plan(clean))
-        self.say(f"clean run: {units} units, {len(_objects(clean))} data objects, {first.seconds:.1f} s of work")
+        self.say(f"clean run: {units} units, {len(_keys(clean))} data objects, {first.seconds:.1f} s of work")
         starts = deque(draw_kills(settings.kills, settings.seed, ray=settings.ray))
         outputs, missed = 0, 0
         while starts:
@@ -157,11 +156,10 @@ class _Test:
 
     def _compare(self, clean: LocalStore, store: LocalStore) -> None:
         """Note all that differs from the clean output."""
-        name, expected, found = store.root.name, _objects(clean), _objects(store)
-        self.problems += [f"{name}: lost: {key}" for key in sorted(expected.keys() - found.keys())]
-        self.problems += [f"{name}: not in the clean run: {key}" for key in sorted(found.keys() - expected.keys())]
-        self.problems += [f"{name}: differs: {key}" for key in sorted(expected.keys() & found.keys())
-                          if found[key] != expected[key]]
+        name, expected, found = store.root.name, _keys(clean), _keys(store)
+        self.problems += [f"{name}: lost: {key}" for key in sorted(expected - found)]
+        self.problems += [f"{name}: not in the clean run: {key}" for key in sorted(found - expected)]
+        self.problems += [f"{name}: differs: {key}" for key in sorted(expected & found) if store.get(key) != clean.get(key)]
         self.problems += [f"{name}: left behind: {key}" for key, _ in store.list("_dinoray/tmp")]
         try:
             totals = verify_deep(store)
@@ -176,8 +174,9 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _objects(store: LocalStore) -> dict[str, bytes]:
-    return {key: store.get(key) for folder in DATA_FOLDERS for key, _ in store.list(folder)}
+def _keys(store: LocalStore) -> set[str]:
+    """The data objects of an output."""
+    return {key for folder in DATA_FOLDERS for key, _ in store.list(folder)}
 
 
 def _victim(kill: Kill, start: Start) -> str:
@@ -191,5 +190,4 @@ def _survived(store: LocalStore, start: Start, units: int) -> str:
         return "the run is complete"
     if not Plan.exists(store):
         return "no plan is sealed yet"
-    objects = sum(1 for folder in DATA_FOLDERS for _ in store.list(folder))
-    return f"{start.done} of {units} units have their receipt ({start.before} before), {objects} data objects lie there"
+    return f"{start.done} of {units} units have their receipt ({start.before} before), {len(_keys(store))} data objects lie there"

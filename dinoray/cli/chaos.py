@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from typing import Annotated
 
 import typer
@@ -21,5 +23,6 @@ def chaos(kills: Annotated[int, typer.Option(help="How many kills.")] = 20,
     """Kill a run again and again, resume it with the same command, and compare the result with a clean run, byte for byte."""
     from dinoray.chaos.command import ChaosSettings, run_chaos
 
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # so that the run at work ends too
     raise typer.Exit(run_chaos(ChaosSettings(kills=kills, seed=seed, out=out, model=model, source=source, limit=limit,
                                              ray=ray, keep=keep), say))

@@ -163,10 +163,10 @@ def test_chaos_refuses_a_folder_that_is_not_empty_and_a_job_that_cannot_run(tmp_
     (tmp_path / "x").touch()
     with pytest.raises(BadRequest, match="not empty"):
         run_chaos(ChaosSettings(out=str(tmp_path)), print)
-    with pytest.raises(BadRequest, match="to kill"):
-        run_chaos(ChaosSettings(kills=0), print)
+    assert "--kills" in complete([sys.executable, "-m", "dinoray.cli", "chaos", "--kills", "0"], code=2)
     with pytest.raises(BadRequest, match="does not even run"):
         run_chaos(ChaosSettings(model="vitnone", out=str(tmp_path / "new")), print)
+    assert not (tmp_path / "new").exists()
 
 
 # ---------------------------------------------------------------- two drivers
