@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from PIL import Image
 
 from dinoray.ledger import Ledger
 from dinoray.verification import open_run
-from tests.cluster.test_job_submit import RAY, ROOT, head, submit  # noqa: F401 (head is a fixture)
+from tests.cluster.test_job_submit import ROOT, head, submit  # noqa: F401 (head is a fixture)
 from tests.conftest import texture
 from tests.runs import check_whole, command, complete, count, data_objects, environment, run
 
@@ -67,8 +68,9 @@ def test_ray_job_stop_and_the_same_command_again(head: dict[str, str], images: P
 
     def started() -> bool:  # the job server answers before its agent has come up
         try:
-            client.submit_job(entrypoint=f"{sys.executable} {ROOT}/jobs/extract_images.py {ROOT}/jobs/configs/extract_images.yaml "
-                              + " ".join(job), submission_id="first", runtime_env={"env_vars": SLOW})
+            client.submit_job(entrypoint=shlex.join([sys.executable, f"{ROOT}/jobs/extract_images.py",
+                                                     f"{ROOT}/jobs/configs/extract_images.yaml", *job]),
+                              submission_id="first", runtime_env={"env_vars": {"DINORAY_FAILPOINTS": "item.load=sleep:1@*"}})
         except RuntimeError as error:
             assert "No available agent" in str(error), error
             return False
@@ -79,7 +81,7 @@ def test_ray_job_stop_and_the_same_command_again(head: dict[str, str], images: P
 
     wait(started)
     wait(lambda: count(out / "_dinoray/receipts") >= 2, ended)
-    subprocess.run([RAY, "job", "stop", "first"], env=head, check=True, capture_output=True, timeout=120)
+    assert client.stop_job("first")  # what `ray job stop` calls, without the seconds that the command takes to start
     wait(lambda: client.get_job_status("first").is_terminal())
     assert client.get_job_status("first") == JobStatus.STOPPED
     assert "stopped by SIGTERM; resume with: dinoray extract images" in client.get_job_logs("first")

@@ -213,6 +213,25 @@ def test_an_item_that_hangs_is_quarantined_as_timeout(images: Path, tmp_path: Pa
 # ---------------------------------------------------------------- the child itself
 
 
+def spec_of(out: Path) -> RunnerSpec:
+    return RunnerSpec("image-features", str(out), job=json.loads((out / "_dinoray/job.json").read_text())["job"],
+                      weights="random:0", digest=open_run(str(out))[1].facts["described"]["weights_digest"])
+
+
+def test_a_slow_start_and_a_slow_unit_are_no_hang(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The child needs seconds to load, and the unit as a whole takes longer than an item may be silent."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setenv("DINORAY_FAILPOINTS", "unit.begin=raise")
+        with pytest.raises(OSError, match="failpoint"):
+            run(images, out, unit_items=4, scaling="image")
+    monkeypatch.setenv("DINORAY_FAILPOINTS", "item.load=sleep:1.6@*")
+    began: list[int] = []
+    receipt = run_isolated(spec_of(out), 0, 3, lambda: began.append(1), item_timeout_s=5)
+    assert (receipt.quarantined, receipt.row_items, receipt.isolated) == (0, 4, True)
+    assert len(began) > 5, "a beat a second while the child works"
+
+
 def test_the_child_tells_what_kind_of_error_ended_it(images: Path, tmp_path: Path) -> None:
     from dinoray.errors import OutputDamaged
 
@@ -220,8 +239,6 @@ def test_the_child_tells_what_kind_of_error_ended_it(images: Path, tmp_path: Pat
     run(images, out, unit_items=4, scaling="plate")
     (out / "_dinoray/plan/scaling.parquet").unlink()
     beats: list[int] = []
-    spec = RunnerSpec("image-features", str(out), job=json.loads((out / "_dinoray/job.json").read_text())["job"],
-                      weights="random:0")
     with pytest.raises(OutputDamaged, match="scaling"):
-        run_isolated(spec, 0, 3, lambda: beats.append(1), item_timeout_s=60)
+        run_isolated(spec_of(out), 0, 3, lambda: beats.append(1), item_timeout_s=60)
     assert beats, "the watchdog must see that the parent of a child lives"
