@@ -49,6 +49,13 @@ def workers_of(node: Any) -> set[int]:
     return {child.pid for child in psutil.Process(raylet).children(recursive=True)}
 
 
+def is_monitor(pid: int) -> bool:
+    try:
+        return "ray::Monitor" in " ".join(psutil.Process(pid).cmdline())
+    except psutil.NoSuchProcess:
+        return False
+
+
 def pids_at_work(out: Path) -> list[int]:
     folder = out / "_dinoray/attempts"
     return [json.loads(path.read_text())["pid"] for path in folder.iterdir()] if folder.is_dir() else []
@@ -76,6 +83,7 @@ def test_a_node_that_is_lost_costs_only_the_units_in_work(cluster: Any, tmp_path
             wait(lambda: len(set(pids_at_work(out))) == 2, process)
             lost = next(node for node in cluster.list_all_nodes() if workers_of(node) & set(pids_at_work(out)))
             gone = workers_of(lost)
+            assert [is_monitor(pid) for pid in workers_of(cluster.head_node)].count(True) == 1, "it outlives every other node"
             cluster.remove_node(lost, allow_graceful=False)
             cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
             printed = process.communicate(timeout=300)[0]
