@@ -56,6 +56,8 @@ def start_and_strike(argv: Sequence[str], store: LocalStore, kills: Sequence[Kil
     with tempfile.TemporaryDirectory(prefix="dinoray-chaos-") as once, tempfile.TemporaryFile() as output:
         env = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
                VARIABLE: ",".join(kill.entry for kill in kills if kill.point), ONCE_FOLDER: once}
+        for name in ("RAY_ADDRESS", "RAY_JOB_ID"):  # a Ray of its own: nobody else's actors are killed
+            env.pop(name, None)
         process = subprocess.Popen(list(argv), env=env, stdout=output, stderr=subprocess.STDOUT)
         watch = _Watch(process, store, kills, once, rng, work_s, units - len(done_before))
         deadline = time.monotonic() + timeout_s

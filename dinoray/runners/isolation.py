@@ -137,8 +137,11 @@ def _serve(pipe: int) -> None:
     """The child: work as asked on stdin, tell on `pipe`."""
     out = os.fdopen(pipe, "wb", buffering=0)
 
+    one_at_a_time = threading.Lock()  # a long line may be written in pieces
+
     def tell(**message: Any) -> None:
-        out.write(json.dumps(message).encode() + b"\n")
+        with one_at_a_time:
+            out.write(json.dumps(message).encode() + b"\n")
 
     request = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
