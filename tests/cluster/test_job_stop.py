@@ -94,8 +94,7 @@ def test_ray_job_stop_and_the_same_command_again(head: dict[str, str], images: P
     check_resumed(images, out, before, tmp_path / "clean")
 
 
-@pytest.mark.ray
-@pytest.mark.parametrize("flags", [("--no-ray",), pytest.param(("--workers", "2"), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("flags", [("--no-ray",), pytest.param(("--workers", "2"), marks=[pytest.mark.slow, pytest.mark.ray])])
 def test_drain_ends_after_the_units_in_work_and_the_same_command_resumes(images: Path, tmp_path: Path,
                                                                          flags: tuple[str, ...]) -> None:
     out = tmp_path / "out"

@@ -218,6 +218,7 @@ def spec_of(out: Path) -> RunnerSpec:
                       weights="random:0", digest=open_run(str(out))[1].facts["described"]["weights_digest"])
 
 
+@pytest.mark.slow
 def test_a_slow_start_and_a_slow_unit_are_no_hang(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The child needs seconds to load, and the unit as a whole takes longer than an item may be silent."""
     out = tmp_path / "out"
