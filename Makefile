@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: install demo test test-all lint benchmarks clean
+.PHONY: install demo test test-all lint benchmarks soak clean
 
 install: $(VENV)/.installed
 
@@ -30,6 +30,9 @@ benchmarks: install
 	$(BIN)/python benchmarks/backbone.py
 	$(BIN)/python benchmarks/pipeline.py
 	$(BIN)/python benchmarks/planning.py
+
+soak: install
+	$(BIN)/python benchmarks/soak.py
 
 clean:
 	rm -rf $(VENV) demo_out build *.egg-info

@@ -81,7 +81,8 @@ def _first(entry: Entry) -> bool:
     folder = os.environ.get(ONCE_FOLDER)
     if not folder:
         return True
-    marker = os.path.join(folder, f"{entry.point}-{entry.action}-{entry.passage}")
+    detail = "".join(f"{byte:02x}" for byte in entry.detail.encode())
+    marker = os.path.join(folder, f"{entry.point}-{entry.action}-{entry.passage}" + (f"-{detail}" if detail else ""))
     try:
         os.close(os.open(marker, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     except FileExistsError:

@@ -199,12 +199,13 @@ def _execute(spec: RunnerSpec, pending: list[int], shape: ActorShape, monitor: A
 
 
 def quiet_console() -> None:
-    """Keep Ray Data's notes off the console (they stay in its log files): progress is told from receipts."""
+    """Keep Ray Data's notes and tracebacks off the console (they stay in its log files): progress is told from receipts,
+    and the error that ends a round by `_round`."""
     configure_logging()
     for name in ("ray", "ray.data"):
         for handler in logging.getLogger(name).handlers:
             if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
-                handler.setLevel(logging.ERROR)
+                handler.setLevel(logging.CRITICAL)
 
 
 def strategy(shape: ActorShape, num_leases: int) -> ActorPoolStrategy:

@@ -30,7 +30,7 @@ MIN_ITEM_TIMEOUT_S = 60.0
 @dataclass(frozen=True)
 class RunnerSpec:
     """`kind` is `image-features`, `cell-features`, `statistics` or `null` (reads nothing, writes a receipt: for
-    benchmarks)."""
+    benchmarks; its `job` holds `sleep_s`)."""
 
     kind: str
     out: str
@@ -60,7 +60,7 @@ def _build(spec: RunnerSpec, backbone: Any) -> Runner:
     if spec.kind == "null":
         from dinoray.runners.null import NullRunner
 
-        return NullRunner(plan, ledger)
+        return NullRunner(plan, ledger, sleep_s=spec.job.get("sleep_s", 0.0))
     job = recorded_job(spec.job)
     if spec.kind == "statistics":
         from dinoray.runners.statistics import StatisticsRunner

@@ -1,9 +1,9 @@
 """Poison isolation: a unit that was started twice without a receipt is run in a child process, item by item.
 
-The child first works on each item alone, telling the parent before each, then on the whole unit without the items
-that are known to be bad. An item is quarantined (`crashed`, or `timeout`) only when the child dies on it
-twice while the parent lives: whoever kills parents (lost nodes, preemption, `kill -9`) quarantines nothing. The rest of the
-unit is computed as ever, in the same batches.
+The child first works on each item alone, telling the parent before each (and whenever it has moved), then on
+the whole unit without the items that are known to be bad. An item is quarantined (`crashed`, or `timeout`) only
+when the child dies on it twice while the parent lives: whoever kills parents (lost nodes, preemption, `kill -9`)
+quarantines nothing. The rest of the unit is computed as ever, in the same batches.
 """
 
 from __future__ import annotations
@@ -25,11 +25,14 @@ from typing import Any
 
 from dinoray.errors import DinorayError, ItemError, TransientError
 from dinoray.ledger import Receipt
+from dinoray.runners.base import Runner
 from dinoray.runners.build import RunnerSpec, build_runner
 
 DEATHS = 2
 """Deaths of the child on one item (or on the whole unit, or before its first item) that are enough."""
 BEAT_S = 1.0
+BIRTH_TIMEOUT_S = 600.0
+"""A child may take so long to load its model before it gives its first sign (longer where items have longer)."""
 
 
 @dataclass
@@ -52,16 +55,16 @@ def run_isolated(spec: RunnerSpec, number: int, attempt: int, beat: Callable[[],
     search = _Search()
     while True:
         at: int | str = "birth"
-        timed_out = False
+        timed_out = 0.0
         with _Child(spec, number, attempt, search) as child:
             for message in child.messages(beat, item_timeout_s):
                 if "receipt" in message:
                     return Receipt.from_json(message["receipt"])
                 if "error" in message:
                     raise pickle.loads(bytes.fromhex(message["error"]))  # noqa: S301 (our own child wrote it)
-                timed_out = "timeout" in message
+                timed_out = message.get("timeout", 0.0)
                 at = message.get("item", message.get("phase", at))
-        how = f"no sign of life for {item_timeout_s:.0f} s" if timed_out else _how(child.returncode)
+        how = f"no sign of life for {timed_out:.0f} s" if timed_out else _how(child.returncode)
         search.deaths[at] += 1
         if isinstance(at, int):
             twice = search.deaths[at] >= DEATHS
@@ -110,9 +113,9 @@ class _Child:
             self._process.stdin.close()
 
     def messages(self, beat: Callable[[], None], timeout_s: float) -> Iterator[dict[str, Any]]:
-        """What the child says until it ends; {"timeout": true}, and its end, after `timeout_s` of silence."""
+        """What the child says until it ends; {"timeout": seconds}, and its end, after `timeout_s` of silence."""
         os.set_blocking(self._pipe.fileno(), False)
-        buffer, last = b"", time.monotonic()
+        buffer, last, limit = b"", time.monotonic(), max(timeout_s, BIRTH_TIMEOUT_S)
         with selectors.DefaultSelector() as selector:
             selector.register(self._pipe, selectors.EVENT_READ)
             while True:
@@ -122,11 +125,11 @@ class _Child:
                     if not data:
                         self._process.wait()
                         return
-                    buffer, last = buffer + data, time.monotonic()
+                    buffer, last, limit = buffer + data, time.monotonic(), timeout_s
                     *lines, buffer = buffer.split(b"\n")
                     yield from (json.loads(line) for line in lines)
-                elif time.monotonic() - last > timeout_s:
-                    yield {"timeout": True}
+                elif time.monotonic() - last > limit:
+                    yield {"timeout": limit}
                     return
 
 
@@ -134,14 +137,18 @@ def _serve(pipe: int) -> None:
     """The child: work as asked on stdin, tell on `pipe`."""
     out = os.fdopen(pipe, "wb", buffering=0)
 
+    one_at_a_time = threading.Lock()  # a long line may be written in pieces
+
     def tell(**message: Any) -> None:
-        out.write(json.dumps(message).encode() + b"\n")
+        with one_at_a_time:
+            out.write(json.dumps(message).encode() + b"\n")
 
     request = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         runner = build_runner(RunnerSpec(**request["spec"]))
         unit = runner.plan.unit(request["number"])
+        threading.Thread(target=_tell_beats, args=(runner, tell), daemon=True).start()
         bad = {int(k): ItemError(*v, where=unit.items[int(k)].item_id) for k, v in request["bad"].items()}
         for position in range(request["start"], len(unit.items)):
             tell(item=position)
@@ -151,6 +158,16 @@ def _serve(pipe: int) -> None:
     except DinorayError as error:
         tell(error=pickle.dumps(error).hex())
     os._exit(0)  # threads that a decoder left behind must not keep the child
+
+
+def _tell_beats(runner: Runner, tell: Callable[..., None]) -> None:
+    """Give a sign whenever the runner has moved: a large item, and the whole unit, may take longer than an item's time."""
+    seen = runner.beats
+    while True:
+        time.sleep(BEAT_S)
+        if runner.beats != seen:
+            seen = runner.beats
+            tell(beat=seen)
 
 
 def _end_with_parent() -> None:
