@@ -16,10 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from dinoray.errors import BadRequest
 
-_SECRET_NAME = (r"[\w.-]*(?:sig(?:nature)?|token|secret|passw\w*|pwd|credential|auth(?:orization)?|api[-_]?key|"
+_SECRET_NAME = (r"[\w.-]{0,64}(?:sig(?:nature)?|token|secret|passw\w*|pwd|credential|auth(?:orization)?|api[-_]?key|"
                 r"access[-_]?key(?:id)?|key-pair-id|jwt)")
 _SECRET_QUERY = re.compile(rf"([?&;](?:{_SECRET_NAME})=)([^&;#\s'\"<>]+)", re.IGNORECASE)
-_PASSWORD = re.compile(r"([\w+.-]+://[^/\s@]*:)([^/\s]*)@")
+_PASSWORD = re.compile(r"([\w+.-]{1,32}://[^/\s@]{0,1000}:)([^/\s]{0,1000})@")
 
 EXECUTION_FIELDS = frozenset({
     "sources", "out", "weights", "workers", "no_ray", "decode_threads", "compute_threads", "staging", "strict",

@@ -143,8 +143,7 @@ class Driver:
             self._refuse(now or found)
 
     def _refuse(self, found: dict[str, Any]) -> None:
-        raise OutputHeld(f"another driver works on this output: {describe(found)}", where=self.store.url,
-                         todo="wait for it, end it with `dinoray stop`, or use --takeover if you know that it is gone")
+        raise _held_by(found, self.store)
 
     def _text(self) -> bytes:
         return json.dumps(self.note, indent=1, sort_keys=True).encode()
@@ -177,6 +176,18 @@ class Driver:
                 self.leave("`dinoray stop`")
             self._drain = True
             self.say("asked to stop: units in work are finished, no new ones are begun")
+
+
+def refuse_if_held(store: Store, takeover: bool = False) -> None:
+    """Raise OutputHeld at once when a driver of this machine is alive on the output; Driver itself looks closer."""
+    found = _read(store)
+    if found and not takeover and _same_machine(found) and not _is_dead(found):
+        raise _held_by(found, store)
+
+
+def _held_by(found: dict[str, Any], store: Store) -> OutputHeld:
+    return OutputHeld(f"another driver works on this output: {describe(found)}", where=store.url,
+                      todo="wait for it, end it with `dinoray stop`, or use --takeover if you know that it is gone")
 
 
 def give_up(timeout_s: float = 1.0) -> None:

@@ -1,6 +1,6 @@
 """`extract_images`: the whole life of a job (of images or of cells), from listing to `_SUCCESS`. What the CLI and jobs/ call.
 
-resolve -> take the output -> record the request -> list -> statistics units -> seal the plan -> units in rounds ->
+resolve -> list -> take the output -> record the request -> statistics units -> seal the plan -> units in rounds ->
 verify. Every step can be killed and is found again by the next run of the same command.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dinoray.config import ExtractJob
+from dinoray.driver import refuse_if_held
 from dinoray.failpoints import reach
 from dinoray.generations import generations
 from dinoray.inputs import list_inputs
@@ -31,19 +32,19 @@ def extract_images(job: ExtractJob, say: Callable[[str], None] = print, *, comma
     resolved = resolve(job)
     store = open_store(job.out)
     command = command or resume_command(job)
-    check_request(store, resolved)
+    sealed = check_request(store, resolved)
     say(f"dinoray {resolved.fingerprint}  {resolved.description}  output {job.out}  resume with: {command}")
     listing = list_inputs(job)
-    with open_session(store, resolved, command, say, leave=leave) as session:
-        sealed = check_request(store, resolved)  # again: from here on nobody else changes it
-        sample = job.scaling_sample if job.scaling == "plate" and not sealed else 0
-        with spool_items(listing.items, sample=sample) as spool:
-            if listing.num_ignored:
-                say(f"files passed over: {listing.describe_ignored()}")
-            if sealed:
+    refuse_if_held(store, job.takeover)
+    # listed before the output is taken: what is refused while listing leaves no trace there
+    with spool_items(listing.items, sample=job.scaling_sample if job.scaling == "plate" and not sealed else 0) as spool:
+        if listing.num_ignored:
+            say(f"files passed over: {listing.describe_ignored()}")
+        with open_session(store, resolved, command, say, leave=leave) as session:
+            if check_request(store, resolved):  # again: another driver may have sealed it since
                 check_same_inputs([part.plan for part in generations(store)], spool)
             else:
                 record_request(store, resolved, command)
                 reach("plan.request")
                 session.seal(spool, root=listing.root)
-        return session.run()
+            return session.run()

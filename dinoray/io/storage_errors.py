@@ -47,16 +47,20 @@ _CLASSES = {  # by the names of the class and its bases: none of these libraries
     "connection": {"ConnectionError", "EndpointConnectionError", "ConnectionClosedError", "ClientConnectionError", "gaierror",
                    "HTTPClientError", "ProtocolError"},
 }
+_NO_SUCH_NAME = {errno.ENAMETOOLONG, errno.ELOOP}
+"""No file can have this name."""
 _ERRNO = {
     "denied": {errno.EACCES, errno.EPERM},
-    "full": {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ENAMETOOLONG},
+    "full": {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG},
     "unsupported": {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK},
-    "refused": {errno.EMFILE, errno.ENFILE, errno.ELOOP},
+    "refused": {errno.EMFILE, errno.ENFILE},
     "throttled": {errno.EAGAIN, errno.EBUSY},
     "timeout": {errno.ETIMEDOUT},
     "connection": {errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.EPIPE, errno.ENOTCONN, errno.ENETUNREACH,
                    errno.ENETDOWN, errno.EHOSTUNREACH, errno.EHOSTDOWN},
 }
+MOST_TEXT = 2000
+"""Characters of another library's message that are passed on."""
 _AGAIN = "then run the same command again: it resumes"
 
 
@@ -90,6 +94,8 @@ def classify(error: BaseException) -> str | None:
         if "ParamValidationError" in names and "bucket" in str(each).lower():
             return "bucket"
     number = getattr(error, "errno", None)
+    if number in _NO_SUCH_NAME and not isinstance(error, FileNotFoundError):
+        return "missing"
     for kind, numbers in _ERRNO.items():
         if number in numbers:
             return kind
@@ -154,7 +160,7 @@ def retry_after(error: BaseException) -> float:
 def describe(error: BaseException) -> str:
     """What happened in a line, with the store's code and without secrets."""
     code = next((c for c in map(_code, _chain(error)) if c), "")
-    text = without_secrets(str(error) or type(error).__name__)
+    text = without_secrets((str(error) or type(error).__name__)[:MOST_TEXT])
     return text if not code or code in text else f"{code}: {text}"
 
 

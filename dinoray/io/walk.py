@@ -137,7 +137,7 @@ class LocalTree:
         except (FileNotFoundError, NotADirectoryError):
             return FileRef(path, -1, "missing")
         except OSError as error:
-            if error.errno == errno.ELOOP:
+            if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
                 return FileRef(path, -1, "missing")
             raise
         if not stat.S_ISREG(info.st_mode):  # a FIFO would hang its reader

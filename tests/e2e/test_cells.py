@@ -157,7 +157,7 @@ def test_the_resume_command_is_the_same_job(monkeypatch: pytest.MonkeyPatch, tmp
     class Done:
         exit_code = 0
 
-    monkeypatch.setattr("dinoray.extraction.extract_images", lambda job, say: seen.append(job) or Done())
+    monkeypatch.setattr("dinoray.extraction.extract_images", lambda job, say, leave: seen.append(job) or Done())
     monkeypatch.chdir(tmp_path)
     job = absolute(ExtractCellsJob(sources=("in dir",), out="out", labels="my labels", crop_um=12.5, mask_neighbours=True))
     assert (job.labels, job.centroids) == (str(tmp_path / "my labels"), None)
