@@ -371,7 +371,7 @@ def test_an_output_without_a_single_cell_is_whole(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert run_cells(tmp_path / "img", out, labels=str(tmp_path / "lab")).exit_code == 0
     store, plan, ledger = open_run(str(out))
-    assert verify_deep(store, plan, ledger)["without_objects"] == 3
+    assert verify_deep(store)["without_objects"] == 3
     assert data_objects(out) == {}
     assert json.loads((out / "_SUCCESS").read_text())["rows"] == 0
     with pytest.raises(BadRequest, match="no features"):
@@ -385,10 +385,10 @@ def test_a_receipt_cannot_call_an_image_empty_that_has_rows(fields: tuple[Path, 
     path = next((out / "_dinoray/receipts").iterdir())
     path.write_text(json.dumps({**json.loads(path.read_text()), "without_objects": []}))
     with pytest.raises(OutputDamaged, match="0 without objects"):
-        verify_fast(store, plan, ledger, write_success=False)
+        verify_fast(store, write_success=False)
     path.write_text(json.dumps({**json.loads(path.read_text()), "without_objects": ["a.tif"]}))
     with pytest.raises(OutputDamaged, match="do not add up"):
-        verify_deep(store, plan, ledger)
+        verify_deep(store)
 
 
 # ---------------------------------------------------------------- identity
