@@ -34,12 +34,23 @@ TODO = {
     "nonfinite": "The features came out as NaN or infinity: use `--precision float32`.",
     "overflow": "Features beyond float16: use float32 for `--vector-dtype` or `--dense-dtype`.",
     "device_memory": "One image is too large for the device: `--size tiles`, or a smaller `--tile-px`.",
-    "poison": "The process died on this image twice while others were fine: look at it apart.",
+    "no_pixel_size": "A crop in µm needs the pixel size: give `--pixel-size-um`.",
+    "crashed": "The process that worked on this image alone died twice: open it elsewhere, export it again.",
+    "timeout": "No sign of life while this image was worked on alone, twice: open it elsewhere, export it again.",
+    "bad_path": "The table names a path that is not allowed: mend that row.",
+    "bad_id": "The id cannot be stored: rename the file, or give the id in a manifest.",
+    "pattern_mismatch": "The file's name does not match `--pattern`: rename it, or narrow SRC with a glob.",
+    "duplicate_channel": "Two files for one channel of a field: remove one, or correct `--pattern`.",
+    "missing_labels": "No label image of this name: make it, or correct its name.",
+    "ambiguous_labels": "Several label images fit: keep one, or name them in a manifest.",
+    "bad_labels": "Labels are 2D images of integers, one value for each cell: export them so.",
+    "bad_centroids": "Coordinates or ids in the table cannot be used: mend those rows.",
 }
 
 
 RETRY = frozenset({"missing", "changed", "empty", "truncated", "decode", "channel_count", "no_scaling", "shape", "nan", "constant",
-                   "device_memory", "poison"})
+                   "device_memory", "crashed", "timeout", "duplicate_channel", "missing_labels", "ambiguous_labels",
+                   "bad_labels"})
 """Reasons that the same settings can mend, once the files (or the machine) are in order."""
 
 
