@@ -29,6 +29,8 @@ from dinoray.session import Outcome, Session, open_session
 from dinoray.units import item_digest
 from dinoray.verification import open_run
 
+OBJECT_FIELDS = ("labels", "centroids")
+"""Fields of a job of cells that an extension may have of its own."""
 NEVER_MENDED = frozenset({"duplicate_id"})
 """Reasons that a second look cannot change while the plan stands."""
 
@@ -61,7 +63,8 @@ def extend(out: str, sources: Iterable[str], *, say: Callable[[str], None] = pri
 
     Raises ChangedRequest when an input that it holds has changed, BadRequest, and what `extract_images` raises.
     """
-    command = shlex.join(["dinoray", "extend", out, *sources])
+    where = {name: execution[name] for name in OBJECT_FIELDS if execution.get(name) is not None}
+    command = shlex.join(["dinoray", "extend", out, *sources, *(w for name, url in where.items() for w in (f"--{name}", url))])
     job, resolved = _again(out, execution)
     more = absolute(job.model_copy(update={"sources": tuple(sources)})).sources
     if not more:
@@ -86,7 +89,8 @@ def extend(out: str, sources: Iterable[str], *, say: Callable[[str], None] = pri
                 say(f"{spool.num_items} inputs are new, {known.seen - spool.num_items} are planned already")
                 columns = set(parts[0].plan.facts["metadata_columns"]) | set(spool.metadata_columns)
                 spool.metadata_columns = tuple(sorted(columns))
-                session.seal(spool, prefix=next_prefix(parts, "extend"), root=parts[0].plan.facts["root"], sources=list(more))
+                session.seal(spool, prefix=next_prefix(parts, "extend"), root=parts[0].plan.facts["root"], sources=list(more),
+                             objects={name: getattr(job, name) for name in OBJECT_FIELDS if hasattr(job, name)})
         return session.run(tolerant=False)
 
 
@@ -131,7 +135,7 @@ def _plan_retry(session: Session, parts: list[Generation], rows: list[dict[str, 
             if part.kind == "retry":
                 continue
             sources = part.plan.facts["sources"] if part.kind == "extend" else list(job.sources)
-            rules = job if part.kind == "first" else job.model_copy(update={"limit": None})
+            rules = job if part.kind == "first" else job.model_copy(update={"limit": None, **part.plan.facts["objects"]})
             for item in list_inputs(rules, sources, root=root).items:
                 key = (item.item_id, item.files[0].uri)
                 if item.item_id in old and key not in seen:

@@ -69,14 +69,16 @@ def retry(out: Out, reason: Annotated[list[str] | None, typer.Option("--reason",
 
 @app.command()
 def extend(out: Out, sources: Annotated[list[str], typer.Argument(help="What to add: folders, files, globs, URLs, manifests.")],
+           labels: Annotated[str | None, typer.Option(help="Of cells: the label images of these inputs [as before].")] = None,
+           centroids: Annotated[str | None, typer.Option(help="Of cells: the table of these inputs [as before].")] = None,
            workers: Workers = None, no_ray: NoRay = None, weights: Weights = None, max_failed_fraction: Fraction = None,
            takeover: Takeover = False) -> None:
     """Add new inputs to a run, with the settings it was made with; inputs that it holds already are passed over."""
     from dinoray.repair import extend
 
     leave = with_signals(shlex.join(["dinoray", "extend", out, *sources]))
-    outcome = extend(out, sources, say=say, leave=leave, workers=workers, no_ray=no_ray, weights=weights,
-                     max_failed_fraction=max_failed_fraction, takeover=takeover)
+    outcome = extend(out, sources, say=say, leave=leave, labels=labels, centroids=centroids, workers=workers, no_ray=no_ray,
+                     weights=weights, max_failed_fraction=max_failed_fraction, takeover=takeover)
     raise typer.Exit(outcome.exit_code)
 
 

@@ -95,7 +95,7 @@ def with_labels(listing: ItemListing, source: str, *, pattern: str | None = "aut
                 if any(db.execute("SELECT 1 FROM labels WHERE uri = ? AND rank = 0", (f.uri,)).fetchone() for f in item.files):
                     count(listing.ignored, "label image among the images")
                     continue
-                labelled = _labelled(item, listing.root, db)
+                labelled = _labelled(item, listing, db)
                 matched += labelled.labels is not None
                 first = first or item
                 yield labelled
@@ -111,10 +111,16 @@ def with_labels(listing: ItemListing, source: str, *, pattern: str | None = "aut
     return replace(listing, items=paired())
 
 
-def _labelled(item: Item, root: str, db: sqlite3.Connection) -> Item:
-    names = {image_stem(item.item_id)}
+def _below(item_id: str, listing: ItemListing) -> str:
+    """An id as a path below the folder of its own sources (of an extension it is relative to the first plan's root)."""
+    whole = item_id if "://" in item_id or item_id.startswith("/") else f"{listing.root.rstrip('/')}/{item_id}"
+    return relative_to(listing.folder, whole)
+
+
+def _labelled(item: Item, listing: ItemListing, db: sqlite3.Connection) -> Item:
+    names = {image_stem(item.item_id), image_stem(_below(item.item_id, listing))}
     if not item.channels:
-        names |= {image_stem(relative_to(root, file.uri)) for file in item.files}
+        names |= {image_stem(relative_to(root, file.uri)) for file in item.files for root in (listing.root, listing.folder)}
     own = {file.uri for file in item.files}
     marks = ", ".join("?" * len(names))
     rows = db.execute(f"SELECT DISTINCT rank, uri, size, version FROM labels WHERE key IN ({marks}) ORDER BY rank, uri",
@@ -143,7 +149,7 @@ def with_centroids(listing: ItemListing, source: str) -> ItemListing:
         matched, first = 0, None
         with closing(CentroidTable(source)) as table:
             for item in listing.items:
-                objects, problem = table.objects_of(_names(item, listing.root, table))
+                objects, problem = table.objects_of(_names(item, listing, table))
                 matched += bool(objects) or problem is not None
                 first = first or item
                 yield replace(item, objects=objects, problem=item.problem or problem)
@@ -156,12 +162,13 @@ def with_centroids(listing: ItemListing, source: str) -> ItemListing:
     return replace(listing, items=joined())
 
 
-def _names(item: Item, root: str, table: CentroidTable) -> list[str]:
+def _names(item: Item, listing: ItemListing, table: CentroidTable) -> list[str]:
     """All the names that a table may have for an item."""
     if table.by_position:
         return [position_key(*(item.metadata.get(f"Metadata_{name}") for name in ("Plate", "Well", "Site")))]
-    names = [item.item_id, image_stem(item.item_id)]
+    below = _below(item.item_id, listing)
+    names = [item.item_id, image_stem(item.item_id), below, image_stem(below)]
     for file in item.files:
-        for path in (file.uri, relative_to(root, file.uri), relative_to(table.folder, file.uri)):
+        for path in (file.uri, *(relative_to(root, file.uri) for root in (listing.root, listing.folder, table.folder))):
             names += [path, image_stem(path)]
     return list(dict.fromkeys(names))

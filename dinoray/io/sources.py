@@ -33,6 +33,8 @@ class ItemListing:
     items: Iterator[Item]
     root: str
     """What item ids are relative to; empty when the sources have no folder in common (ids are full URIs)."""
+    folder: str = ""
+    """The folder that the sources have in common: `root`, unless ids were asked to be relative to another."""
     ignored: dict[str, int] = field(default_factory=dict)
     """Files passed over so far: {extension: count}."""
 
@@ -108,7 +110,8 @@ def list_items(
     requests: dict[str, _Request] = {}
     manifests: list[str] = []
     roots = [_add_source(source, requests, manifests) for source in sources]
-    listing = ItemListing(iter(()), _common_root(roots) if root is None else root)
+    folder = _common_root(roots)
+    listing = ItemListing(iter(()), folder if root is None else root, folder)
 
     def arrays(request: _Request, entry: Entry) -> Iterator[Item]:
         found = zarr_items(request.tree.url(entry.path), listing.root)

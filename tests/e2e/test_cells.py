@@ -65,6 +65,27 @@ def test_killed_and_resumed_gives_the_same_bytes(cells: Path, points: str, monke
     assert data_objects(cells / "out") == data_objects(cells / "clean") != {}
 
 
+def test_retry_takes_labels_that_came_later_and_extend_brings_its_own(cells: Path) -> None:
+    out, late, more = cells / "out", cells / "lab/3_cp_masks.tif", cells / "more"
+    held = late.read_bytes()
+    late.unlink()
+    assert "1 quarantined (1 missing_labels)" in complete(command(cells, out), code=3)
+    late.write_bytes(held)
+    dinoray = [sys.executable, "-m", "dinoray.cli"]
+    assert "complete: 7 images, 21 rows" in complete([*dinoray, "retry", str(out), "--reason", "missing_labels"])
+    (more / "img").mkdir(parents=True)
+    (more / "lab").mkdir()
+    (more / "img/9.tif").write_bytes((cells / "img/5.tif").read_bytes())
+    (more / "lab/9_cp_masks.tif").write_bytes(b"no labels")
+    bring = [*dinoray, "extend", str(out), str(more / "img"), "--labels", str(more / "lab")]
+    assert "1 quarantined" in complete(bring, code=3)
+    (more / "lab/9_cp_masks.tif").write_bytes((cells / "lab/5_cp_masks.tif").read_bytes())
+    assert "complete: 8 images, 26 rows" in complete([*dinoray, "retry", str(out)])
+    assert "whole: 8 images" in complete([*dinoray, "verify", "--deep", str(out)])
+    rows = open_features(str(out)).table(["item_id", "object_id"]).to_pylist()
+    assert sorted(r["object_id"] for r in rows if r["item_id"].endswith("9.tif")) == [1, 2, 3, 4, 5]
+
+
 @pytest.mark.ray
 def test_under_ray_the_same_bytes(cells: Path, local_ray: None) -> None:
     job = {"labels": str(cells / "lab"), "crop_um": 20.0, "pixel_size_um": None, "unit_items": 2}
