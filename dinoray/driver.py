@@ -235,6 +235,12 @@ def stop(store: Store, *, drain: bool, say: Callable[[str], None], timeout_s: fl
     return True
 
 
+def at_work(store: Store) -> str:
+    """Who holds the output now, in words; empty when nobody does that is not known to be gone."""
+    found = _read(store)
+    return describe(found) if found and not _is_dead(found) else ""
+
+
 def describe(note: dict[str, Any]) -> str:
     """`process 123 on HOST since TIME`."""
     return f"process {note.get('pid', '?')} on {note.get('host', '?')} since {note.get('since', '?')}"
@@ -243,7 +249,7 @@ def describe(note: dict[str, Any]) -> str:
 def _read(store: Store) -> dict[str, Any] | None:
     try:
         note = json.loads(store.get(KEY))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError:
         return {}  # no driver of ours writes such a file: it never changes and goes stale

@@ -200,4 +200,7 @@ def check_same_inputs(plans: Sequence[Plan], spool: Spool) -> None:
     what = "; ".join(parts) or "another order or root"
     todo = ("`dinoray extend OUT SRC...` adds them (and finishes the rest); else use another --out" if added and len(parts) == 1
             else "use another --out for the new inputs, or restore the old ones to resume")
+    if changed and len(parts) == 1:
+        todo = ("`dinoray retry OUT` finishes the rest and takes inputs that were quarantined as they are now; else use another "
+                "--out, or restore the old files")
     raise ChangedRequest(f"the inputs are not those this output was planned for: {what}", where=plan.store.url, todo=todo)

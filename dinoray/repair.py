@@ -17,10 +17,10 @@ import numpy as np
 
 from dinoray.config import ExtractJob, build_job
 from dinoray.errors import BadRequest, ChangedRequest
-from dinoray.generations import Generation, generations, next_prefix, quarantined_now
+from dinoray.generations import REQUEST, Generation, begin, generations, next_prefix, quarantined_now
 from dinoray.inputs import list_inputs
 from dinoray.io.items import Item
-from dinoray.io.stores import open_store
+from dinoray.io.stores import is_local, local_path, open_store
 from dinoray.planning import id_hash, spool_items
 from dinoray.request import absolute, differences, read_identity, read_request
 from dinoray.resolve import Resolved, resolve
@@ -42,7 +42,7 @@ def retry(out: str, *, reasons: Iterable[str] = (), say: Callable[[str], None] =
 
     Raises BadRequest for a reason that no item has, and what `extract_images` raises.
     """
-    wanted = set(reasons)
+    wanted, out = set(reasons), _absolute(out)
     command = shlex.join(["dinoray", "retry", out, *(word for reason in sorted(wanted) for word in ("--reason", reason))])
     job, resolved = _again(out, execution)
     store = open_store(job.out)
@@ -63,6 +63,7 @@ def extend(out: str, sources: Iterable[str], *, say: Callable[[str], None] = pri
 
     Raises ChangedRequest when an input that it holds has changed, BadRequest, and what `extract_images` raises.
     """
+    out, sources = _absolute(out), [_absolute(source) for source in sources]
     where = {name: execution[name] for name in OBJECT_FIELDS if execution.get(name) is not None}
     command = shlex.join(["dinoray", "extend", out, *sources, *(w for name, url in where.items() for w in (f"--{name}", url))])
     job, resolved = _again(out, execution)
@@ -82,16 +83,27 @@ def extend(out: str, sources: Iterable[str], *, say: Callable[[str], None] = pri
             say(f"nothing to add: all {known.seen} inputs are planned already")
         if known.changed and first is None:
             known.refuse(store.url)
-        if first is not None:
+        prefix = next_prefix(store, parts, "extend", command)
+        if first is None:
+            store.delete(f"{prefix}/{REQUEST}")  # of an earlier try: what it asked for is there by now
+        else:
+            begin(store, prefix, command)
             with spool_items(chain([first], fresh), sample=job.scaling_sample if job.scaling == "plate" else 0,
                              sample_if=lambda item: item.group not in groups) as spool:
+                if known.changed:
+                    store.delete(f"{prefix}/{REQUEST}")
                 known.refuse(store.url)
                 say(f"{spool.num_items} inputs are new, {known.seen - spool.num_items} are planned already")
                 columns = set(parts[0].plan.facts["metadata_columns"]) | set(spool.metadata_columns)
                 spool.metadata_columns = tuple(sorted(columns))
-                session.seal(spool, prefix=next_prefix(parts, "extend"), root=parts[0].plan.facts["root"], sources=list(more),
+                session.seal(spool, prefix=prefix, root=parts[0].plan.facts["root"], sources=list(more),
                              objects={name: getattr(job, name) for name in OBJECT_FIELDS if hasattr(job, name)})
         return session.run(tolerant=False)
+
+
+def _absolute(url: str) -> str:
+    """A local path as it must be named from any other folder."""
+    return str(local_path(url)) if is_local(url) else url
 
 
 def _again(out: str, execution: dict[str, Any]) -> tuple[ExtractJob, Resolved]:
@@ -155,7 +167,7 @@ def _plan_retry(session: Session, parts: list[Generation], rows: list[dict[str, 
         session.say(f"{spool.num_items} of {len(rows)} quarantined items are tried again"
                     + (f"; {missing} are not listed by the sources any more" if missing else ""))
         number = 1 + sum(part.kind == "retry" for part in parts)
-        session.seal(spool, prefix=next_prefix(parts, "retry"), root=root, suffix=f".r{number}",
+        session.seal(spool, prefix=next_prefix(session.store, parts, "retry", ""), root=root, suffix=f".r{number}",
                      replaces=lambda ids: dict(Counter(old[item_id].pop() for item_id in ids if old[item_id])))
 
 

@@ -16,7 +16,7 @@ from dinoray.config import ExtractJob
 from dinoray.driver import Driver
 from dinoray.errors import TooManyFailures
 from dinoray.failpoints import reach
-from dinoray.generations import Generation, generations, replaced_reasons, total_tally
+from dinoray.generations import Generation, generations, replaced_reasons, settle, total_tally, unfinished_notes
 from dinoray.io.stores import LocalStore, Store
 from dinoray.ledger import Receipt, Tally
 from dinoray.planning import Spool
@@ -116,6 +116,7 @@ class Session:
     def _finish(self, outcome: Outcome) -> Outcome:
         """Summary, verification, `_SUCCESS`, last line."""
         tally = outcome.tally
+        settle(tally, generations(self.store))
         if isinstance(self.store, LocalStore):
             self.store.sweep()
         self.store.put("_dinoray/summary.json", json.dumps(
@@ -132,6 +133,8 @@ class Session:
             bad += f", {outcome.verified['without_objects']} without objects"
         if tally.degraded_units:
             bad += f", {_count(tally.degraded_units, 'unit')} with degraded numerics"
+        for note in unfinished_notes(self.store):
+            self.say(note)
         self.say(f"look at it: dinoray report {out}")
         self.say(f"dinoray {outcome.fingerprint}  complete: {_count(tally.items, 'image')}, {_count(tally.rows, 'row')}{bad}  "
                  f"output {outcome.out}  same command again: {outcome.resume_command}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dinoray.generations import Generation, generations, total_tally
+from dinoray.generations import Generation, generations, total_tally, unfinished_notes
 from dinoray.verification import open_run
 
 STAGES = ("read", "decode", "prepare", "compute", "write")
@@ -38,6 +38,7 @@ def status_lines(out: str) -> Iterator[str]:
         yield "computed on " + ", ".join(f"{kind} ({n} units)" for kind, n in sorted(tally.device_kinds.items()))
     if tally.degraded_units:
         yield f"{tally.degraded_units} units have degraded numerics (see docs/reliability.md)"
+    yield from unfinished_notes(store)
     yield "verified: yes (_SUCCESS)" if tally.units == units and store.exists("_SUCCESS") else "verified: not yet"
 
 

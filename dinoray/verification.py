@@ -18,8 +18,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dinoray.driver import at_work
 from dinoray.errors import BadRequest, OutputDamaged, SystemicError
-from dinoray.generations import Generation, generations, replaced_reasons
+from dinoray.generations import Generation, generations, quarantined_now, replaced_reasons
 from dinoray.io.stores import Store, open_store
 from dinoray.ledger import Ledger, Receipt
 from dinoray.units import Plan, Unit
@@ -34,8 +35,10 @@ def open_run(url: str) -> tuple[Store, Plan, Ledger]:
     store = open_store(url)
     if not Plan.exists(store):
         started = store.exists("_dinoray/job.json")
+        busy = at_work(store)
         raise BadRequest("planning has not finished here" if started else "this is not an output of dinoray", where=url,
-                         todo="run the command in _dinoray/job.json again" if started else "give the --out of a run")
+                         todo=f"wait for {busy}" if busy else
+                         "run the command in _dinoray/job.json again" if started else "give the --out of a run")
     return store, Plan(store), Ledger(store)
 
 
@@ -94,7 +97,6 @@ def _check_fast(store: Store) -> tuple[dict[str, Any], list[Generation]]:
             for name in ("rows", "row_items", "quarantined"):
                 totals[name] += getattr(receipt, name)
             totals["without_objects"] += len(receipt.without_objects)
-            totals["quarantined"] -= sum((replaced or {}).values())
             if receipt.items != receipt.row_items + len(receipt.without_objects) + receipt.quarantined:
                 problems.append(f"unit {receipt.unit}: {receipt.items} inputs, but {receipt.row_items} with rows, "
                                 f"{len(receipt.without_objects)} without objects and {receipt.quarantined} quarantined")
@@ -118,6 +120,8 @@ def _check_fast(store: Store) -> tuple[dict[str, Any], list[Generation]]:
         with ThreadPoolExecutor(8) as pool:
             problems += [p for p in pool.map(lambda t: _footer(store, *t), tables) if p]
     _raise_if(problems, store)
+    if len(parts) > 1:
+        totals["quarantined"] = quarantined_now(parts).num_rows
     totals["fingerprint"] = parts[0].plan.facts["fingerprint"]
     return totals, parts
 

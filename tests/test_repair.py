@@ -270,3 +270,43 @@ def test_not_an_output(tmp_path: Path) -> None:
         again(tmp_path)
     with pytest.raises(BadRequest, match="not an output"):
         extend(str(tmp_path), ["x"], say=print)
+
+
+def test_an_extension_that_dies_while_it_is_planned_is_not_forgotten(folder: Path, tmp_path: Path,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    from dinoray.status import status_lines
+
+    out = tmp_path / "out"
+    mend(folder, "2", "5")
+    run(folder, out, **JOB)
+    for name in ("b", "c"):
+        (tmp_path / name).mkdir()
+        mend(tmp_path / name, "7")
+    with monkeypatch.context() as patch:
+        def die(*args: object, **kwargs: object) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr("dinoray.session.seal_generation", die)
+        with pytest.raises(KeyboardInterrupt):
+            extend(str(out), [str(tmp_path / "b")], say=lambda line: None)
+    note = f"dinoray extend {out} {tmp_path / 'b'} (run it again"
+    assert any(note in line for line in status_lines(str(out)))
+    said: list[str] = []
+    assert extend(str(out), [str(tmp_path / "c")], say=said.append).tally.items == 8
+    assert any(note in line for line in said)
+    assert extend(str(out), [str(tmp_path / "b")], say=lambda line: None).tally.items == 9
+    assert not any("begun" in line for line in status_lines(str(out)))
+    assert [part.prefix[-10:] for part in generations(LocalStore(out))[1:]] == ["001-extend", "002-extend"]
+    verify_deep(LocalStore(out))
+
+
+def test_a_unit_of_the_first_plan_that_is_redone_after_a_retry_is_counted_right(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(folder, out, **JOB)
+    mend(folder, "2", "5")
+    again(out)
+    for receipt in (out / "_dinoray/receipts").iterdir():
+        receipt.unlink()  # as `verify` advises for a unit whose objects are damaged
+    outcome = again(out)
+    assert (outcome.tally.quarantined, outcome.tally.reasons) == (0, {})
+    assert verify_fast(LocalStore(out), write_success=False)["quarantined"] == 0

@@ -24,6 +24,7 @@ def status(out: Out) -> None:
 def verify(out: Out, deep: Annotated[bool, typer.Option("--deep", help="Read everything and compare checksums.")] = False,
            fast: Annotated[bool, typer.Option("--fast", help="Listing and footers only (the default).")] = False) -> None:
     """Prove that an output is whole: every unit has its receipt, every object is what its receipt says."""
+    from dinoray.generations import unfinished_notes
     from dinoray.verification import open_run, verify_deep, verify_fast
 
     if deep and fast:
@@ -36,6 +37,8 @@ def verify(out: Out, deep: Annotated[bool, typer.Option("--deep", help="Read eve
         totals, note = verify_fast(store, write_success=False), f"\nnot marked with _SUCCESS: {error.what} [{error.where}]"
     say(f"whole: {totals['items']} images in {totals['units']} units, {totals['rows']} rows, "
         f"{totals['quarantined']} quarantined, {totals['bytes']} bytes" + (", all checksums match" if deep else "") + note)
+    for line in unfinished_notes(store):
+        say(line)
 
 
 @app.command()
@@ -62,7 +65,8 @@ def retry(out: Out, reason: Annotated[list[str] | None, typer.Option("--reason",
     from dinoray.repair import retry
 
     leave = with_signals(shlex.join(["dinoray", "retry", out]))
-    outcome = retry(out, reasons=reason or (), say=say, leave=leave, workers=workers, no_ray=no_ray, weights=weights,
+    outcome = retry(out, reasons=[r.strip() for text in reason or () for r in text.split(",")], say=say, leave=leave,
+                    workers=workers, no_ray=no_ray, weights=weights,
                     max_failed_fraction=max_failed_fraction, takeover=takeover)
     raise typer.Exit(outcome.exit_code)
 
@@ -89,6 +93,9 @@ def stop(out: Out, drain: Annotated[bool, typer.Option("--drain", help="Finish t
     from dinoray.driver import stop
     from dinoray.io.stores import open_store
 
-    if not stop(open_store(out), drain=drain, say=say, timeout_s=timeout_s):
+    store = open_store(out)
+    if not any(store.exists(f"_dinoray/{name}") for name in ("job.json", "driver.json")):
+        raise BadRequest("this is not an output of dinoray", where=out, todo="give the --out of a run")
+    if not stop(store, drain=drain, say=say, timeout_s=timeout_s):
         say("it has not ended yet; the request stands")
         raise typer.Exit(1)

@@ -115,6 +115,19 @@ class TableWriter:
 
 
 @contextlib.contextmanager
+def _closing(file: Any) -> Iterator[None]:
+    """Close the file; when the block failed, what closing it says (the disk is still full) does not replace that."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            file.close()
+        raise
+    with _writing():
+        file.close()
+
+
+@contextlib.contextmanager
 def open_target(target: str, fmt: str, schema: pa.Schema) -> Iterator[TableWriter]:
     """A writer whose file is put at `target` when the block ends well; nothing is left when it does not.
 
@@ -125,7 +138,7 @@ def open_target(target: str, fmt: str, schema: pa.Schema) -> Iterator[TableWrite
         with _writing(target):
             scratch = _scratch(target)
             raw = scratch.open("xb")
-        with raw:
+        with _closing(raw):
             sink: Any = gzip.GzipFile(filename="", fileobj=raw, mode="wb", compresslevel=6, mtime=0) if fmt == "csv.gz" else raw
             writer = TableWriter(sink, fmt, schema)
             try:

@@ -20,7 +20,7 @@ from dinoray.io.loaddata import LoadData, is_load_data
 from dinoray.io.ome_zarr_pixels import UNREAD, field_ref
 from dinoray.io.storage_errors import listing_errors
 from dinoray.io.stores import is_local, local_path
-from dinoray.io.table_paths import from_cell
+from dinoray.io.table_paths import from_cell, inside
 from dinoray.io.text_tables import text_rows
 from dinoray.io.walk import ZARR, LocalTree, RemoteTree, count, is_image_name
 
@@ -102,7 +102,7 @@ class _Manifest:
     def files(self, row: tuple[str | None, ...], folder: str) -> list[str | None]:
         """The path or URL of each file, None for an empty cell. Raises ItemError `bad_path`."""
         cells = [(row[i] or "").strip() for i in self._files]
-        return [from_cell(cell, folder) if cell else None for cell in cells]
+        return [from_cell(inside(cell), folder) if cell else None for cell in cells]
 
     def item_id(self, row: tuple[str | None, ...]) -> str:
         """The row's own id, or "" when there is none."""

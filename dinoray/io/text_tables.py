@@ -28,6 +28,8 @@ ROWS = 2048
 _INDEX = re.compile(r"__index_level_\d+__|Unnamed: 0|")
 """Columns that pandas writes for its row numbers; the empty name is that of to_csv."""
 _HEADER_BYTES = 2**20
+_ONE_THREAD = pa_csv.ReadOptions(use_threads=False)
+"""A reader that is given up in the middle must not leave a thread behind: it can abort the process at its end."""
 
 
 def text_rows(uri: str) -> Iterator[tuple[list[str], list[tuple[str | None, ...]]]]:
@@ -80,11 +82,11 @@ def _csv_batches(uri: str) -> Iterator[pa.RecordBatch]:
         separator = max(",;\t", key=lambda each: header.count(each.encode()))
         parse = pa_csv.ParseOptions(newlines_in_values=True, delimiter=separator)
         file.seek(0)
-        names = pa_csv.open_csv(file, parse_options=parse).schema.names
+        names = pa_csv.open_csv(file, read_options=_ONE_THREAD, parse_options=parse).schema.names
     with _open(uri) as file:
         text = dict.fromkeys(names, pa.string())
         types = pa_csv.ConvertOptions(column_types=text, strings_can_be_null=False)
-        yield from pa_csv.open_csv(file, parse_options=parse, convert_options=types)
+        yield from pa_csv.open_csv(file, read_options=_ONE_THREAD, parse_options=parse, convert_options=types)
 
 
 def _parquet_batches(uri: str) -> Iterator[pa.RecordBatch]:

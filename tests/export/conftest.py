@@ -26,20 +26,22 @@ def write_plates(folder: Path, plates: dict[str, tuple[int, int]], *, sites: int
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def tiny() -> Iterator[None]:
-    """Jobs in this process compute with a backbone of width 16."""
+    """Jobs in this process compute with a backbone of width 16, in this module (a patch of the session would reach others)."""
     with pytest.MonkeyPatch.context() as patch:
         use_tiny_backbone(patch)
         yield
 
 
 @pytest.fixture(scope="session")
-def plates_out(tmp_path_factory: pytest.TempPathFactory, tiny: None) -> Path:
+def plates_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Plates P10 and P9 of 2x3 wells, 2 sites, ch1 and ch2; site 1 of P9 A02 and both of P9 B03 are damaged."""
     folder = tmp_path_factory.mktemp("plates")
     write_plates(folder / "images", {"P10": (2, 3), "P9": (2, 3)})
     for name in ("r01c02f01", "r02c03f01", "r02c03f02"):
         (folder / "images/P9" / f"{name}p01-ch1sk1fk1fl1.tiff").write_bytes(b"II*\0 no TIFF")
-    run(folder / "images", folder / "out", unit_items=5, max_failed_fraction=1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        use_tiny_backbone(patch)
+        run(folder / "images", folder / "out", unit_items=5, max_failed_fraction=1.0)
     return folder / "out"

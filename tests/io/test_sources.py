@@ -557,7 +557,7 @@ def test_extension_types_are_refused_without_running_their_code(tmp_path, paddin
 
 def test_manifests_and_folders_together(tmp_path):
     touch(tmp_path, "imgs/a.png", "imgs/b.png")
-    manifest = csv(tmp_path / "lists" / "m.csv", "file\n../imgs/a.png\n../imgs/b.png\n")
+    manifest = csv(tmp_path / "lists" / "m.csv", f"file\n{tmp_path}/imgs/a.png\n{tmp_path}/imgs/b.png\n")
     items = listed(manifest, tmp_path / "imgs")
     assert [(i.item_id, (i.problem or "")[:12]) for i in items] == [
         ("imgs/a.png", ""),
@@ -705,12 +705,19 @@ def test_s3_manifest_with_relative_and_other_files(s3, tmp_path):
     touch(tmp_path, "local.png")
     s3.pipe_file("lab/m/imgs/a.png", b"123")
     s3.pipe_file(
-        "lab/m/list.csv", f"uri\nimgs/a.png\n../m/imgs/a.png\ns3://lab/m/none.png\n{tmp_path}/local.png\n".encode()
+        "lab/m/list.csv", f"uri\nimgs/a.png\ns3://lab/m/imgs/a.png\ns3://lab/m/none.png\n{tmp_path}/local.png\n".encode()
     )
     items = listed("s3://lab/m/list.csv")
     assert [i.item_id for i in items] == ["imgs/a.png", "imgs/a.png", "none.png", str(tmp_path / "local.png")]
     assert [i.files[0].size for i in items] == [3, 3, -1, 9]
     assert items[1].problem.startswith("duplicate_id")
+
+
+@pytest.mark.parametrize("cell", ["../../etc/passwd", "a/../../b.png", "/data/../etc/passwd", "s3://lab/../k.png", ".."])
+def test_a_manifest_may_not_climb(tmp_path, cell):
+    (tmp_path / "list.csv").write_text(f"uri\n{cell}\n")
+    (item,) = listed(tmp_path / "list.csv")
+    assert item.problem.startswith("bad_path") and item.files[0].size == -1
 
 
 def test_a_password_in_a_manifest_is_quarantined_without_repeating_it(tmp_path):
