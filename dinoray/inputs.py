@@ -63,5 +63,6 @@ def _check_pixel_size(item: Item, limits: Limits) -> None:
     except ItemError:
         return  # a damaged file is the runner's to quarantine, with its reason
     if size is None:
-        raise BadRequest("a crop in µm needs the pixel size, and this image does not say it", where=file.uri,
+        raise BadRequest("a crop in µm needs the pixel size, and this image does not say it (or y and x differ: "
+                         "pixels must be square)", where=file.uri,
                          todo="give --pixel-size-um (µm per pixel); only OME-TIFF and ImageJ files say it themselves")
