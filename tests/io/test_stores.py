@@ -6,6 +6,7 @@ The same contract is checked for local folders, memory:// and S3 (moto's server 
 from __future__ import annotations
 
 import errno
+import logging
 import multiprocessing
 import os
 import posixpath
@@ -299,6 +300,8 @@ def test_a_file_system_without_hard_links_is_told_once(tmp_path: Path, monkeypat
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "link", no_links)
+    caplog.set_level(logging.WARNING, logger="dinoray.io.local_store")  # Ray, once started in this process, changes levels
+    monkeypatch.setattr(logging.getLogger("dinoray.io.local_store"), "disabled", False)
     store = LocalStore(tmp_path / "out")
     assert store.put_if_absent("a", b"first") and not store.put_if_absent("a", b"second")
     assert LocalStore(tmp_path / "out").put_if_absent("b", b"1")
