@@ -136,9 +136,10 @@ def test_a_foreign_object_is_named_and_the_advice_fits(out: Path, name: str) -> 
 
 
 def test_what_lies_elsewhere_is_not_looked_at(out: Path) -> None:
+    before = fast(out)
     (out / "report.html").write_text("x")
     (out / "_dinoray/notes.txt").write_text("x")
-    fast(out)
+    assert fast(out) == before
 
 
 def test_many_problems_are_counted_and_cut(out: Path) -> None:

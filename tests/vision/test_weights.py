@@ -414,7 +414,7 @@ def test_saving_bfloat16_keeps_its_values(tmp_path):
 
 # --- the hub
 
-SECRET = "hf_SecretTokenThatNobodyMaySee0123456789"
+SECRET = "hf_" + "NotARealTokenItIsOnlyLookedForInMessages"
 
 
 class Hub:
