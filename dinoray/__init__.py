@@ -13,8 +13,10 @@ _NAMES = {
     "save_backbone": "dinoray.vision.weights",
     "open_features": "dinoray.io.tables",
     "extract_images": "dinoray.extraction",
+    "extract_volume": "dinoray.volume_extraction",
     "ExtractCellsJob": "dinoray.config",
     "ExtractImagesJob": "dinoray.config",
+    "ExtractVolumeJob": "dinoray.config",
     "DinorayError": "dinoray.errors",
 }
 __all__ = sorted(_NAMES)

@@ -51,6 +51,8 @@ class Receipt:
     plate: str | None = None
     objects: list[StoredObject] = field(default_factory=list)
     """Every object of the unit, the quarantine table included; `[]` when it wrote nothing."""
+    empty: list[str] = field(default_factory=list)
+    """Keys of shards that the unit owns and did not store, because nothing was computed there (background)."""
     items: int = 0
     """Planned inputs of the unit."""
     rows: int = 0

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
-from dinoray.config import ExtractJob
+from dinoray.config import FeatureJob
 from dinoray.ledger import Receipt
 from dinoray.memory.meter import available_cores
 from dinoray.resolve import Resolved
@@ -24,7 +24,7 @@ class Pool(Protocol):
     def close(self) -> None: ...
 
 
-def make_pool(job: ExtractJob, resolved: Resolved, say: Callable[[str], None]) -> Pool:
+def make_pool(job: FeatureJob, resolved: Resolved, say: Callable[[str], None]) -> Pool:
     """The pool that the job asks for; nothing is started yet."""
     return LocalPool(job, resolved) if job.no_ray else RayPool(job, resolved, say)
 
@@ -32,7 +32,7 @@ def make_pool(job: ExtractJob, resolved: Resolved, say: Callable[[str], None]) -
 class LocalPool:
     """Runs units in this process."""
 
-    def __init__(self, job: ExtractJob, resolved: Resolved):
+    def __init__(self, job: FeatureJob, resolved: Resolved):
         self.job, self.resolved = job, resolved
 
     def close(self) -> None:
@@ -51,7 +51,7 @@ class LocalPool:
 class RayPool:
     """Runs units on Ray actors. Ray is started or joined at the first use: not for planning, not for nothing."""
 
-    def __init__(self, job: ExtractJob, resolved: Resolved, say: Callable[[str], None]):
+    def __init__(self, job: FeatureJob, resolved: Resolved, say: Callable[[str], None]):
         self.job, self.resolved, self.say = job, resolved, say
         self._local: bool | None = None
 

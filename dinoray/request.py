@@ -6,7 +6,7 @@ import json
 import shlex
 from typing import Any
 
-from dinoray.config import ExtractCellsJob, ExtractImagesJob, ExtractJob, build_job
+from dinoray.config import FeatureJob, build_job, recorded_model
 from dinoray.errors import BadRequest, ChangedRequest, OutputDamaged
 from dinoray.io.stores import Store, is_local, local_path
 from dinoray.ledger import Ledger
@@ -62,12 +62,11 @@ def read_identity(store: Store) -> dict[str, Any]:
     return json.loads(store.get(KEY))["identity"]
 
 
-def read_request(store: Store) -> tuple[ExtractJob, str]:
+def read_request(store: Store) -> tuple[FeatureJob, str]:
     """The job that an output was made by, and its fingerprint. Raises BadRequest, OutputDamaged."""
     try:
         record = json.loads(store.get(KEY))
-        model = ExtractCellsJob if "crop_um" in record["job"] else ExtractImagesJob
-        return build_job(model, record["job"]), str(record["fingerprint"])
+        return build_job(recorded_model(record["job"]), record["job"]), str(record["fingerprint"])
     except FileNotFoundError as error:
         raise BadRequest("this is not an output of dinoray", where=store.url, todo="give the --out of a run") from error
     except (ValueError, KeyError, TypeError, BadRequest) as error:
@@ -85,16 +84,16 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     return [] if old == new else [f"{path}: {json.dumps(old)} -> {json.dumps(new)}"]
 
 
-def absolute(job: ExtractJob) -> ExtractJob:
+def absolute(job: FeatureJob) -> FeatureJob:
     """The job with absolute local paths, so that its resume command works from any folder."""
     paths = {source: str(local_path(source)) if is_local(source) else source for source in job.sources}
     out = str(local_path(job.out)) if is_local(job.out) else job.out.rstrip("/")
-    others = {name: str(local_path(url)) for name in ("labels", "centroids")
-              if (url := getattr(job, name, None)) is not None and is_local(url)}
+    others = {name: str(local_path(url)) for name in ("labels", "centroids", "foreground")
+              if (url := getattr(job, name, None)) in job.other_inputs() and is_local(url)}
     return job.model_copy(update={"sources": tuple(paths.values()), "out": out, **others})
 
 
-def resume_command(job: ExtractJob) -> str:
+def resume_command(job: FeatureJob) -> str:
     """A command line that runs the same job again."""
     last = ["--", *job.sources] if any(source.startswith("-") for source in job.sources) else []
     words = ["dinoray", "extract", job.command, *([] if last else job.sources), "--out", job.out]

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dinoray.config import ExtractCellsJob, ExtractJob
+from dinoray.config import ExtractCellsJob, ExtractImagesJob, ExtractVolumeJob, FeatureJob
 from dinoray.errors import BadRequest
 from dinoray.io.stores import open_store
 from dinoray.memory.budget import default_token_budget
@@ -20,6 +20,7 @@ from dinoray.units import fingerprint_of
 FORMAT = 1
 """Version of the output's layout and rules; a new one cannot resume an old output."""
 LIBRARIES = ("dinoray", "torch", "numpy", "pyarrow", "zarr", "numcodecs", "tifffile", "imagecodecs", "pillow")
+VOLUME_LIBRARIES = ("tensorstore", "h5py")
 """Packages whose version may change a byte of the output."""
 
 
@@ -31,7 +32,7 @@ STAGED_MARKER = "STAGED"
 class Resolved:
     """A job with every `auto` settled. `identity` holds all that changes results; the fingerprint hashes it."""
 
-    job: ExtractJob
+    job: FeatureJob
     device: str
     identity: dict[str, Any]
     numerics: dict[str, Any]
@@ -66,7 +67,7 @@ class Resolved:
         return f"{store.url}/{prefix}"
 
 
-def resolve(job: ExtractJob) -> Resolved:
+def resolve(job: FeatureJob) -> Resolved:
     """Settle every `auto` and load the weights once. Raises BadRequest, WeightsError."""
     import torch
 
@@ -87,34 +88,38 @@ def resolve(job: ExtractJob) -> Resolved:
     backbone = load_backbone(job.model, weights, dtype=getattr(torch, precision) if job.no_ray else torch.float32,
                              device=device if job.no_ray else "cpu", accept_license=job.accept_dinov3_license)
     config = backbone.config
-    if job.layers and max(job.layers) >= config.depth:
-        raise BadRequest(f"layer {max(job.layers)} of {config.name}, which has layers 0..{config.depth - 1}",
-                         where="--layers", todo="layers are counted from 0; leave --layers out for the last one")
-    resized = "crop_px" if isinstance(job, ExtractCellsJob) else "resize_px"
-    if not isinstance(job, ExtractCellsJob):
+    layers = ((job.layer,) if job.layer is not None else None) if isinstance(job, ExtractVolumeJob) else job.layers
+    if layers and max(layers) >= config.depth:
+        flag = "--layer" if isinstance(job, ExtractVolumeJob) else "--layers"
+        raise BadRequest(f"layer {max(layers)} of {config.name}, which has layers 0..{config.depth - 1}", where=flag,
+                         todo=f"layers are counted from 0; leave {flag} out for the last one")
+    if isinstance(job, ExtractImagesJob):
         windows(job.tile_px, job.tile_px, size="tiles", tile_px=job.tile_px, patch=config.patch_size)
-    if getattr(job, resized) % config.patch_size:
+    resized = "resize_px" if isinstance(job, ExtractImagesJob) else "crop_px" if isinstance(job, ExtractCellsJob) else None
+    if resized and getattr(job, resized) % config.patch_size:
         raise BadRequest(f"{resized}={getattr(job, resized)} is not a multiple of the patch size {config.patch_size}",
                          where="--" + resized.replace("_", "-"))
     budget = job.token_budget or default_token_budget(config.name, device, precision)
     kind = device_kind(torch.device("cpu")) if device == "cpu" else (device_kind(torch.device("cuda")) if has_cuda else "cuda")
     job = job.model_copy(update={"model": config.name, "device": device, "precision": precision, "weights": weights,
                                  "token_budget": budget})
+    libraries = LIBRARIES + (VOLUME_LIBRARIES if isinstance(job, ExtractVolumeJob) else ())
     numerics = {"device": device, "precision": precision, "token_budget": budget,
                 "batching": "powers of two up to the budget", "attention": "sdpa", "rope": "float32",
-                "libraries": {name: version(name) for name in LIBRARIES}}
+                "libraries": {name: version(name) for name in libraries}}
     normalisation = {"mean": list(config.mean), "std": list(config.std)}
     identity = {"format": FORMAT, "settings": {k: v for k, v in job.result_settings().items() if k != "model"},
                 "model": config.name, "weights_digest": backbone.digest, "normalisation": normalisation,
                 "numerics": numerics}
     fingerprint = fingerprint_of(identity)
     preprocessing = {k: v for k, v in identity["settings"].items() if k.startswith(
-        ("scaling", "size", "tile", "resize", "channels", "contrast", "clahe", "pixel_size", "crop", "mask"))}
+        ("scaling", "size", "tile", "resize", "channels", "contrast", "clahe", "pixel_size", "crop", "mask",
+         "raw_voxel", "voxel", "planes", "slice", "window", "halo", "foreground"))}
     is_random = (weights or "").startswith("random")
     # no path in here: the same weights from another folder must give the same bytes
     described = {"fingerprint": fingerprint, "model": config.name, "weights": weights if is_random else "see weights_digest",
                  "weights_digest": backbone.digest, "normalisation": normalisation, "precision": precision,
-                 "preprocessing": preprocessing, "layers": list(job.layers) if job.layers else None,
+                 "preprocessing": preprocessing, "layers": list(layers) if layers else None,
                  "patch_size": config.patch_size}
     source = f"{backbone.source} (random weights: texture only)" if is_random else backbone.source
     description = (f"{config.name} from {source}, digest {backbone.digest[:12]}, normalisation "

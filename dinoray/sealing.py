@@ -7,7 +7,7 @@ channels that it did not know, so that equal plates are scaled alike whenever th
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pyarrow as pa
@@ -76,13 +76,24 @@ def known_scaling(store: Store) -> pa.Table:
 def _statistics(store: Store, resolved: Resolved, spool: Spool, pool: Pool, progress: Progress, check: Any,
                 prefix: str) -> pa.Table:
     """Run the statistics units over the spool's sample; the percentiles that come out."""
-    job = resolved.job
     settings = {k: resolved.identity["settings"][k] for k in ("z_projection", "max_pixels", "max_file_bytes")}
+    return run_statistics(store, resolved, spool.sampled(), sum(len(v) for v in spool.samples.values()), settings, pool, progress,
+                          check, prefix, unit_bytes=resolved.job.unit_bytes)
+
+
+def run_statistics(store: Store, resolved: Resolved, rows: Iterable[tuple[dict[str, Any], bytes]], num_items: int,
+                   settings: dict[str, Any], pool: Pool, progress: Progress, check: Any, prefix: str, *, unit_bytes: int,
+                   kind: str = "statistics") -> pa.Table:
+    """Plan and run statistics units over `rows` (item rows and digests, equal groups together); rows of SCALING_SCHEMA.
+
+    `settings`: what besides the inputs decides the histograms; `kind`: the runner.
+    """
+    job = resolved.job
     fingerprint = fingerprint_of({"statistics": settings, "libraries": resolved.identity["numerics"]["libraries"]})
-    writer = PlanWriter(store, prefix, fingerprint, max_items=STATS_UNIT_ITEMS, max_bytes=job.unit_bytes, max_open=1)
-    for row, digest in spool.sampled():
+    writer = PlanWriter(store, prefix, fingerprint, max_items=STATS_UNIT_ITEMS, max_bytes=unit_bytes, max_open=1)
+    for row, digest in rows:
         writer.add(row, digest)
-    writer.seal(num_items=sum(len(v) for v in spool.samples.values()))
+    writer.seal(num_items=num_items)
     plan, ledger = Plan(store, prefix), Ledger(store, prefix)
     tally = Tally()
     progress.begin("statistics", total=plan.num_items, tally=tally)
@@ -91,7 +102,7 @@ def _statistics(store: Store, resolved: Resolved, spool: Spool, pool: Pool, prog
         tally.add(receipt)
         progress.advance(tally)
 
-    pool(RunnerSpec("statistics", job.out, prefix, job=job.model_dump(mode="json")),
+    pool(RunnerSpec(kind, job.out, prefix, job=job.model_dump(mode="json")),
          lambda: plan.pending(ledger.done()), on_receipt, check)
     progress.end()
     return statistics.scaling_table(store, ledger.receipts(plan.unit_ids), (job.scaling_low_percent, job.scaling_high_percent))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from dinoray.config import ExtractJob
+from dinoray.config import FeatureJob
 from dinoray.driver import Driver
 from dinoray.errors import TooManyFailures
 from dinoray.failpoints import reach
@@ -60,7 +60,7 @@ class Session:
     progress: Progress
 
     @property
-    def job(self) -> ExtractJob:
+    def job(self) -> FeatureJob:
         """The job, with every `auto` settled."""
         return self.resolved.job
 
@@ -77,7 +77,7 @@ class Session:
         tally = total_tally(parts)
         outcome = Outcome(self.job.out, self.resolved.fingerprint, sum(len(p.plan) for p in parts), tally, self.command)
         inputs = sum(part.plan.num_items for part in parts if part.kind != "retry")
-        self.say(f"{_count(inputs, 'image')} in {_count(outcome.num_units, 'unit')}"
+        self.say(f"{_count(inputs, self.job.noun)} in {_count(outcome.num_units, 'unit')}"
                  + (f", {_count(tally.units, 'unit')} done before" if tally.units else ""))
         if not tolerant:
             self._check_failures(tally)  # what earlier runs quarantined counts
@@ -98,12 +98,17 @@ class Session:
             if part.kind != "retry":
                 self._check_failures(tally)
 
-        self.progress.begin("retry" if part.kind == "retry" else "images", total=inputs, tally=tally)
+        self.progress.begin("retry" if part.kind == "retry" else f"{self.job.noun}s", total=inputs, tally=tally)
         self.store.delete("_SUCCESS")  # it spoke of an output that was whole
         job = self.job
-        self.pool(RunnerSpec(job.runner, job.out, part.prefix, job=job.model_dump(mode="json"),
-                             weights=None if job.no_ray else self.resolved.weights_location(), digest=self.resolved.digest),
-                  lambda: part.plan.pending(part.ledger.done()), on_receipt, self.driver.check)
+        spec = RunnerSpec(job.runner, job.out, part.prefix, job=job.model_dump(mode="json"),
+                          weights=None if job.no_ray else self.resolved.weights_location(), digest=self.resolved.digest)
+        for stage in part.plan.stages:
+            def pending(stage: range = stage) -> list[int]:
+                return [number for number in part.plan.pending(part.ledger.done()) if number in stage]
+
+            if pending():
+                self.pool(spec, pending, on_receipt, self.driver.check)
         self.progress.end()
 
     def _check_failures(self, tally: Tally) -> None:
@@ -136,7 +141,8 @@ class Session:
         for note in unfinished_notes(self.store):
             self.say(note)
         self.say(f"look at it: dinoray report {out}")
-        self.say(f"dinoray {outcome.fingerprint}  complete: {_count(tally.items, 'image')}, {_count(tally.rows, 'row')}{bad}  "
+        done = f"{_count(tally.items, self.job.noun)}, {_count(tally.rows, self.job.row_noun)}"
+        self.say(f"dinoray {outcome.fingerprint}  complete: {done}{bad}  "
                  f"output {outcome.out}  same command again: {outcome.resume_command}")
         return outcome
 

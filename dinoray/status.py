@@ -24,11 +24,12 @@ def status_lines(out: str) -> Iterator[str]:
     items = sum(part.plan.num_items for part in parts if part.kind != "retry")
     yield f"{parts[0].plan.facts['fingerprint']}  {out}"
     yield f"units   {tally.units} of {units} done, {units - tally.units} pending"
-    yield f"images  {tally.items} of {items} done, {tally.rows} rows, {tally.quarantined} quarantined"
+    noun, rows = ("slabs", "tokens") if parts[0].plan.facts.get("kind") == "volume" else ("images", "rows")
+    yield f"{noun:<7} {tally.items} of {items} done, {tally.rows} {rows}, {tally.quarantined} quarantined"
     for reason, count in sorted(tally.reasons.items(), key=lambda pair: -pair[1]):
         yield f"        {count:>8}  {reason}"
     if len(parts) > 1:
-        yield from (_generation_line(part) for part in parts)
+        yield from (_generation_line(part, noun) for part in parts)
     repeated = [count for part in parts for count in part.ledger.attempts().values() if count > 1]
     if repeated:
         yield f"units started more than once: {len(repeated)} (most often {max(repeated)} times)"
@@ -42,8 +43,8 @@ def status_lines(out: str) -> Iterator[str]:
     yield "verified: yes (_SUCCESS)" if tally.units == units and store.exists("_SUCCESS") else "verified: not yet"
 
 
-def _generation_line(part: Generation) -> str:
+def _generation_line(part: Generation, noun: str) -> str:
     """`generation 1 (retry): 2 of 2 units done, 5 images planned`."""
     done = part.ledger.done()
     count = sum(unit in done for unit in part.plan.unit_ids)
-    return f"generation {part.number} ({part.kind}): {count} of {len(part.plan)} units done, {part.plan.num_items} images planned"
+    return f"generation {part.number} ({part.kind}): {count} of {len(part.plan)} units done, {part.plan.num_items} {noun} planned"

@@ -167,6 +167,16 @@ class PlanWriter:
         unit.digests.append(digest)
         unit.num_bytes += size
 
+    def end_unit(self) -> None:
+        """What comes next belongs to another unit, whatever fits."""
+        for plate in list(self._open):
+            self._flush(plate)
+
+    @property
+    def num_units(self) -> int:
+        """Units that are complete."""
+        return len(self._index["unit_id"])
+
     def _flush(self, plate: str | None) -> None:
         unit = self._open.pop(plate)
         hasher = hashlib.sha256((self.fingerprint + self.id_salt).encode())
@@ -198,8 +208,7 @@ class PlanWriter:
 
     def seal(self, **facts: Any) -> None:
         """Write the open units and, last, the index with `facts` (JSON values) in its metadata."""
-        for plate in list(self._open):
-            self._flush(plate)
+        self.end_unit()
         self._put_file()
         reach("plan.seal")
         table = pa.table(self._index, schema=INDEX_SCHEMA)
@@ -246,6 +255,12 @@ class Plan:
     def suffix(self) -> str:
         """What follows the unit's id in the names of its objects: `.r1` for the first retry, else nothing."""
         return self.facts.get("suffix", "")
+
+    @property
+    def stages(self) -> list[range]:
+        """Unit numbers that may be in work together; units of a later stage read what earlier ones wrote."""
+        first = self.facts.get("first_stage", len(self))
+        return [range(first), range(first, len(self))] if first < len(self) else [range(len(self))]
 
     @property
     def num_items(self) -> int:

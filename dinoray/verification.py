@@ -22,7 +22,10 @@ from dinoray.driver import at_work
 from dinoray.errors import BadRequest, OutputDamaged, SystemicError
 from dinoray.generations import Generation, generations, quarantined_now, replaced_reasons
 from dinoray.io.stores import Store, open_store
+from dinoray.io.volume_arrays import check_arrays
+from dinoray.io.volume_grid import VolumeGrid
 from dinoray.ledger import Ledger, Receipt
+from dinoray.slabs import Slab, shard_keys
 from dinoray.units import Plan, Unit
 
 DATA_FOLDERS = ("features", "dense")
@@ -89,6 +92,9 @@ def _check_fast(store: Store) -> tuple[dict[str, Any], list[Generation]]:
     found: dict[str, int] = {}
     for part in parts:
         planned = 0
+        for record in part.plan.facts.get("arrays", []):  # metadata that the driver stored before the first unit
+            expected[record["key"]] = record["bytes"]
+            totals["bytes"] += record["bytes"]
         for receipt in part.ledger.receipts(part.plan.unit_ids):
             planned += receipt.items
             replaced = replaced_reasons(part.plan, receipt.unit)
@@ -122,7 +128,7 @@ def _check_fast(store: Store) -> tuple[dict[str, Any], list[Generation]]:
     _raise_if(problems, store)
     if len(parts) > 1:
         totals["quarantined"] = quarantined_now(parts).num_rows
-    totals["fingerprint"] = parts[0].plan.facts["fingerprint"]
+    totals["fingerprint"], totals["kind"] = parts[0].plan.facts["fingerprint"], parts[0].plan.facts.get("kind", "images")
     return totals, parts
 
 
@@ -138,13 +144,16 @@ def _is_debris(key: str) -> bool:
 
 def _check_deep(store: Store, parts: list[Generation]) -> None:
     problems: list[str] = []
+    if "arrays" in parts[0].plan.facts:
+        check_arrays(store, parts[0].plan.facts["arrays"])
     before: Counter[str] = Counter()  # quarantined so far, by id
     with ThreadPoolExecutor(4) as pool:
         for part in parts:
             pairs = zip(part.plan.units(), part.ledger.receipts(part.plan.unit_ids), strict=True)
             while some := list(islice(pairs, 64)):  # `map` takes all it is given at once, and a plan may be large
-                for (unit, _), (found, quarantined) in zip(some, pool.map(lambda pair: _deep_unit(store, *pair), some),
-                                                           strict=True):
+                grid = part.plan.facts.get("grid")
+                results = pool.map(lambda pair, grid=grid: _deep_unit(store, *pair, grid), some)
+                for (unit, _), (found, quarantined) in zip(some, results, strict=True):
                     problems += found
                     if part.kind == "retry":
                         planned = Counter(item.item_id for item in unit.items)
@@ -165,8 +174,8 @@ def _footer(store: Store, key: str, expected: int) -> str | None:
     return None if rows == expected else f"{key}: {rows} rows, the receipt says {expected}"
 
 
-def _deep_unit(store: Store, unit: Unit, receipt: Receipt) -> tuple[list[str], list[str]]:
-    """What is wrong with a unit, and the ids that it quarantined."""
+def _deep_unit(store: Store, unit: Unit, receipt: Receipt, grid: dict[str, Any] | None) -> tuple[list[str], list[str]]:
+    """What is wrong with a unit, and the ids that it quarantined. `grid`: of a volume's plan."""
     problems: list[str] = []
     with_rows: set[str] = set()
     quarantined: list[str] = []
@@ -180,6 +189,8 @@ def _deep_unit(store: Store, unit: Unit, receipt: Receipt) -> tuple[list[str], l
             quarantined = pq.read_table(io.BytesIO(data), columns=["item_id"])["item_id"].to_pylist()
     if problems:
         return problems, quarantined
+    if grid is not None:
+        return _volume_unit(unit, receipt, VolumeGrid.read(grid), set(quarantined)), quarantined
     planned = [item.item_id for item in unit.items]
     if with_rows & set(quarantined):
         problems.append(f"unit {unit.id}: both rows and quarantine: {_some(sorted(with_rows & set(quarantined)))}")
@@ -187,6 +198,18 @@ def _deep_unit(store: Store, unit: Unit, receipt: Receipt) -> tuple[list[str], l
         problems.append(f"unit {unit.id}: rows, items without objects and quarantine do not add up to the {len(planned)} "
                         "planned inputs")
     return problems, quarantined
+
+
+def _volume_unit(unit: Unit, receipt: Receipt, grid: VolumeGrid, quarantined: set[str]) -> list[str]:
+    """What is wrong with the list of shards of a unit: each of its own must be stored or said to be empty, no other."""
+    owned = {key for item in unit.items if item.item_id not in quarantined for key in shard_keys(grid, Slab.read(item.item_id))}
+    said = {stored.key for stored in receipt.objects if "/quarantine/" not in stored.key} | set(receipt.empty)
+    problems = [f"unit {unit.id}: its shards are neither stored nor empty: {_some(sorted(owned - said))}"] if owned - said else []
+    if said - owned:
+        problems.append(f"unit {unit.id}: it names shards that are not its own: {_some(sorted(said - owned))}")
+    if len(quarantined) != receipt.quarantined or quarantined - {item.item_id for item in unit.items}:
+        problems.append(f"unit {unit.id}: its quarantine is not that of its receipt")
+    return problems
 
 
 def _some(names: list[str]) -> str:

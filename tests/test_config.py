@@ -116,7 +116,7 @@ def test_defaults_of_the_contract() -> None:
 
 def test_result_settings_are_all_fields_but_how_it_runs() -> None:
     settings_ = job().result_settings()
-    fields = {*ExtractImagesJob.model_fields, *ExtractCellsJob.model_fields}
+    fields = {*ExtractImagesJob.model_fields, *ExtractCellsJob.model_fields, *ExtractVolumeJob.model_fields}
     assert fields >= EXECUTION_FIELDS, "a name in EXECUTION_FIELDS is no field"
     assert set(settings_) == set(ExtractImagesJob.model_fields) - EXECUTION_FIELDS
     assert json.loads(canonical_json(settings_)) == settings_

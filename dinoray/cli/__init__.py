@@ -11,9 +11,10 @@ import typer
 
 from dinoray.cli import chaos, doctor, export, jobs, outputs  # noqa: F401 (their commands register themselves)
 from dinoray.cli.app import app, guarded, say, with_signals
-from dinoray.cli.jobs import job_command, run_extract_images, run_job_script
+from dinoray.cli.jobs import job_command, run_extract_images, run_extract_volume, run_job_script
 
-__all__ = ["app", "guarded", "job_command", "main", "run_extract_images", "run_job_script", "say", "with_signals"]
+__all__ = ["app", "guarded", "job_command", "main", "run_extract_images", "run_extract_volume", "run_job_script",
+           "say", "with_signals"]
 
 
 def main() -> None:

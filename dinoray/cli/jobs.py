@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 
 from dinoray.cli.app import app, extract, guarded, say, with_signals
-from dinoray.config import ExtractCellsJob, ExtractImagesJob, ExtractJob, build_job, read_job_file
+from dinoray.config import ExtractCellsJob, ExtractImagesJob, ExtractJob, ExtractVolumeJob, FeatureJob, build_job, read_job_file
 from dinoray.errors import BadRequest
 
 
-def job_command(model: type[ExtractJob], run: Callable[[Any], int]) -> Callable[..., None]:
+def job_command(model: type[FeatureJob], run: Callable[[Any], int]) -> Callable[..., None]:
     """A typer command with one flag per job field; `--job FILE.yaml` gives defaults, flags override it."""
 
     def command(**given: Any) -> None:
@@ -100,8 +100,18 @@ def run_extract_images(job: ExtractJob) -> int:
     return extract_images(job, say, leave=leave).exit_code
 
 
+def run_extract_volume(job: ExtractVolumeJob) -> int:
+    """Run a job over a volume with signals handled; returns the exit code."""
+    from dinoray.request import absolute, resume_command
+    from dinoray.volume_extraction import extract_volume
+
+    leave = with_signals(resume_command(absolute(job)))
+    return extract_volume(job, say, leave=leave).exit_code
+
+
 extract.command("images")(job_command(ExtractImagesJob, run_extract_images))
 extract.command("cells")(job_command(ExtractCellsJob, run_extract_images))
+extract.command("volume")(job_command(ExtractVolumeJob, run_extract_volume))
 
 
 @app.command()
@@ -113,7 +123,7 @@ def demo(out: Annotated[str, typer.Option("--out", help="Where to write.")] = "d
     raise typer.Exit(run_demo(out, no_ray=no_ray, say=say))
 
 
-def run_job_script(model: type[ExtractJob], run: Callable[[Any], int], argv: list[str]) -> int:
+def run_job_script(model: type[FeatureJob], run: Callable[[Any], int], argv: list[str]) -> int:
     """What jobs/*.py call: `FILE.yaml [key=value ...]`. Quarantined items are a success unless `strict`."""
     if not argv or argv[0] in ("-h", "--help"):
         say("usage: python jobs/NAME.py FILE.yaml [key=value ...]")

@@ -35,7 +35,8 @@ def verify(out: Out, deep: Annotated[bool, typer.Option("--deep", help="Read eve
         totals = verify_deep(store) if deep else verify_fast(store, write_success=True)
     except SystemicError as error:  # a read-only copy is as whole as any
         totals, note = verify_fast(store, write_success=False), f"\nnot marked with _SUCCESS: {error.what} [{error.where}]"
-    say(f"whole: {totals['items']} images in {totals['units']} units, {totals['rows']} rows, "
+    noun, rows = ("slabs", "tokens") if totals["kind"] == "volume" else ("images", "rows")
+    say(f"whole: {totals['items']} {noun} in {totals['units']} units, {totals['rows']} {rows}, "
         f"{totals['quarantined']} quarantined, {totals['bytes']} bytes" + (", all checksums match" if deep else "") + note)
     for line in unfinished_notes(store):
         say(line)

@@ -37,3 +37,17 @@ def padded_batch(count: int, largest: int) -> int:
     while size < count:
         size *= 2
     return min(size, largest)
+
+
+def slab_read_bytes(*, raw_bytes: int, read_pixels: int, pixels: int) -> int:
+    """Peak bytes of reading a slab: the raw voxels, and up to three float32 copies while they are interpolated and
+    resampled. `read_pixels`: raw rows x columns on the target planes; `pixels`: square pixels that are kept."""
+    return raw_bytes + 4 * (2 * max(read_pixels, pixels) + pixels)
+
+
+def slab_compute_bytes(*, tokens: int, dim: int, itemsize: int, batch_tokens: int, threads: int) -> int:
+    """Peak bytes of computing a slab: its tokens in float32 and as they are stored, shards on their way to the store
+    (half of them, encoded and not), and the activations of `threads` micro-batches of `batch_tokens`."""
+    kept = tokens * dim * (4 + 2 * itemsize)
+    activations = batch_tokens * dim * 4 * 16  # residual stream, qkv, heads, the MLP's 4x before and after its activation
+    return kept + threads * activations

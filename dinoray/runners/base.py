@@ -110,6 +110,10 @@ class UnitRunner:
         """Read, decode and prepare one item (decode threads). Raises ItemError to quarantine it."""
         raise NotImplementedError(type(self).__name__)
 
+    def cost(self, item: Item) -> int:
+        """Bytes that an item read ahead is guessed to hold."""
+        return item.num_bytes * DECODED_PER_FILE_BYTE
+
     def process(self, unit: Unit, loaded: Iterable[Loaded], receipt: Receipt) -> Finish:
         """Do the unit's work on its items in plan order; the returned function stores and fills the receipt."""
         raise NotImplementedError(type(self).__name__)
@@ -149,8 +153,8 @@ class UnitRunner:
                 logger.warning("the end of unit %s could not be noted: %s", unit_id, error)
 
     def _lease(self, numbers: Sequence[int]) -> Iterator[Receipt | UnitLeft]:
-        stream = _read_ahead(self._work(numbers), self._submit, count=READ_AHEAD_PER_THREAD * self.decode_threads,
-                             max_bytes=self.prefetch_bytes)
+        stream = _read_ahead(self._work(numbers), self._submit, cost_of=self.cost,
+                             count=READ_AHEAD_PER_THREAD * self.decode_threads, max_bytes=self.prefetch_bytes)
         storing: Future[Receipt | UnitLeft] | None = None
         for _, entries in groupby(stream, key=lambda entry: entry.unit.number):
             start = next(entries)
@@ -279,7 +283,7 @@ def _untroubled(entries: Iterable[Loaded]) -> Iterator[Loaded]:
 
 
 def _read_ahead(work: Iterator[_Start | tuple[Unit, Item]], submit: Callable[[tuple[Unit, Item]], Future[Loaded]],
-                *, count: int, max_bytes: int) -> Iterator[_Start | Loaded]:
+                *, cost_of: Callable[[Item], int], count: int, max_bytes: int) -> Iterator[_Start | Loaded]:
     """Yield the entries in order, with items loaded by `submit` ahead of the reader.
 
     At most `count` items and (guessed) `max_bytes` are ahead, but always one. Whoever stops reading early
@@ -302,7 +306,7 @@ def _read_ahead(work: Iterator[_Start | tuple[Unit, Item]], submit: Callable[[tu
                     if not items and entry.receipt is not None:
                         break  # a finished unit is reported at once, not after the next ones were read
                     continue
-                cost = max(1, entry[1].num_bytes * DECODED_PER_FILE_BYTE)
+                cost = max(1, cost_of(entry[1]))
                 ahead.append((submit(entry), cost))
                 held += cost
                 items += 1

@@ -29,8 +29,8 @@ MIN_ITEM_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True)
 class RunnerSpec:
-    """`kind` is `image-features`, `cell-features`, `statistics` or `null` (reads nothing, writes a receipt: for
-    benchmarks; its `job` holds `sleep_s`)."""
+    """`kind` is `image-features`, `cell-features`, `volume-features`, `statistics`, `volume-statistics` or `null` (reads
+    nothing, writes a receipt: for benchmarks; its `job` holds `sleep_s`)."""
 
     kind: str
     out: str
@@ -68,8 +68,11 @@ def _build(spec: RunnerSpec, backbone: Any) -> Runner:
         limits = Limits(max_pixels=job.max_pixels, max_bytes=job.max_file_bytes, max_file_bytes=job.max_file_bytes)
         return StatisticsRunner(plan, ledger, limits=limits, z_projection=job.z_projection,
                                 decode_threads=spec.decode_threads, prefetch_bytes=job.prefetch_bytes)
+    if spec.kind in ("volume-features", "volume-statistics"):
+        return _build_volume(spec, job, plan, ledger, backbone)
     if spec.kind not in ("image-features", "cell-features"):
-        raise BadRequest(f"no runner is called {spec.kind!r}", todo="use image-features, cell-features, statistics or null")
+        raise BadRequest(f"no runner is called {spec.kind!r}",
+                         todo="use image-features, cell-features, volume-features, statistics, volume-statistics or null")
     from dinoray.runners.cell_features import CellFeatureRunner
     from dinoray.runners.image_features import ImageFeatureRunner
     from dinoray.runners.statistics import read_scaling
@@ -86,6 +89,22 @@ def _build(spec: RunnerSpec, backbone: Any) -> Runner:
     make = CellFeatureRunner if spec.kind == "cell-features" else ImageFeatureRunner
     return make(job, plan, ledger, backbone, scaling=scaling, decode_threads=spec.decode_threads,
                 compute_threads=spec.compute_threads)
+
+
+def _build_volume(spec: RunnerSpec, job: Any, plan: Plan, ledger: Ledger, backbone: Any) -> Runner:
+    from dinoray.volume_inputs import open_source
+
+    if spec.kind == "volume-statistics":
+        from dinoray.runners.volume_statistics import VolumeStatisticsRunner
+
+        return VolumeStatisticsRunner(plan, ledger, volume=open_source(job), decode_threads=spec.decode_threads,
+                                      prefetch_bytes=job.memory_bytes // 4)
+    from dinoray.runners.volume_features import VolumeFeatureRunner
+
+    if backbone is None:
+        backbone = _load(spec, plan.facts["numerics"])
+    return VolumeFeatureRunner(job, plan, ledger, backbone, volume=open_source(job), decode_threads=spec.decode_threads,
+                               compute_threads=spec.compute_threads)
 
 
 def _load(spec: RunnerSpec, numerics: dict[str, Any]) -> Any:

@@ -1,0 +1,260 @@
+"""Units of a volume -> tokens of planes, or the fused features made of them. One slab at a time in memory, one being read.
+
+A batch is always the same windows of the same target planes, whatever the unit (dinoray.io.volume_grid), and a shard
+is written whole by the one slab that covers it: outputs are equal byte for byte however the volume is cut into units.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from dinoray.config import ExtractVolumeJob
+from dinoray.errors import ItemError
+from dinoray.generations import generations, quarantined_now
+from dinoray.io.fusion import fuse_box
+from dinoray.io.items import Item
+from dinoray.io.tables import as_vector_dtype
+from dinoray.io.volume_arrays import encode_shard, shard_key, shards_of
+from dinoray.io.volume_grid import ArraySpec, VolumeGrid
+from dinoray.io.volumes import Volume
+from dinoray.io.windows import TokenGrid
+from dinoray.io.zarr_reading import open_array
+from dinoray.ledger import Ledger, Receipt, StoredObject
+from dinoray.memory.meter import reset_rss_peak, rss, rss_peak
+from dinoray.runners.base import READ_AHEAD_PER_THREAD, Finish, Loaded, UnitRunner
+from dinoray.runners.image_features import device_kind
+from dinoray.runners.volume_slabs import PreparedSlab, above, inside, read_slab
+from dinoray.slabs import Slab, UnitSizes, array_of, tokens_needed
+from dinoray.units import Plan, Unit
+from dinoray.vision.backbone import Backbone
+from dinoray.vision.extractor import Crop, Extractor, column_names
+from dinoray.volume_inputs import open_mask, threshold
+from dinoray.volume_memory import slab_bytes
+
+MOST_READERS = 4
+"""Threads that read slabs, at most: each holds one."""
+SHARDS_IN_FLIGHT = 3
+"""Shards that are being encoded or stored while the next ones are cut."""
+
+
+class VolumeFeatureRunner(UnitRunner):
+    """Unit of slabs -> receipt. Holds one backbone and one opened volume for the life of the actor."""
+
+    point = "volume"
+
+    def __init__(self, job: ExtractVolumeJob, plan: Plan, ledger: Ledger, backbone: Backbone, *, volume: Volume,
+                 decode_threads: int, compute_threads: int):
+        self.grid = VolumeGrid.read(plan.facts["grid"])
+        self.job, self.volume, self.mask = job, volume, open_mask(job)
+        # the slabs ahead get what a slab in work leaves of the budget
+        slab = slab_bytes(self.grid, UnitSizes(**plan.facts["unit_sizes"]), job.slice_sampling, volume.dtype.itemsize,
+                          threads=max(1, compute_threads))
+        super().__init__(plan, ledger, decode_threads=min(decode_threads, MOST_READERS),
+                         prefetch_bytes=max(1, job.memory_bytes - slab.smallest))
+        self._slab = slab
+        self.numerics = plan.facts["numerics"]
+        layers = None if job.layer is None else (job.layer,)
+        self.column = column_names(("patches",), layers)[0][0]
+        self.extractor = Extractor(backbone, features=("patches",), layers=layers, token_budget=self.numerics["token_budget"])
+        low, high = plan.facts["limits"]
+        self.low, self.high = np.array([low], np.float32), np.array([high], np.float32)
+        self.on_cuda = self.extractor.device.type == "cuda"
+        self.compute_threads = 1 if self.on_cuda else compute_threads
+        self._threads_before = torch.get_num_threads()
+        if not self.on_cuda:
+            torch.set_num_threads(1)  # parallel over batches instead: see dinoray.vision.extractor
+        self._compute = ThreadPoolExecutor(self.compute_threads, thread_name_prefix="compute",
+                                           initializer=None if self.on_cuda else lambda: torch.set_num_threads(1))
+        self._model_bytes = rss()
+        reset_rss_peak()
+
+    def close(self) -> None:
+        super().close()
+        self._compute.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(self._threads_before)
+        self.volume.close()
+
+    def cost(self, item: Item) -> int:
+        return self._slab.read
+
+    # ---------------------------------------------------------------- decode threads
+
+    def load(self, item: Item) -> PreparedSlab | np.ndarray:
+        slab = Slab.read(item.item_id)
+        if slab.array == "fused":
+            return self._fuse(slab)
+        level = threshold(self.job)
+        foreground = above(level, self.grid.micro_batch) if level is not None else \
+            inside(self.mask, self.grid, slab) if self.mask is not None else None
+        return read_slab(self.volume, self.grid, slab, self.job.slice_sampling, per_slice=self.job.scaling == "slice",
+                         foreground=foreground)
+
+    def _fuse(self, slab: Slab) -> np.ndarray:
+        """Fused features [D, z, y, x] float32 of a slab. Raises ItemError `missing_tokens`."""
+        for name in self.grid.planes:
+            start, stop = tokens_needed(self.grid.plane(name), slab)
+            for bad in self._quarantined:
+                if bad.array == name and all(a < d and c < b for a, b, c, d in zip(start, stop, bad.start, bad.stop, strict=True)):
+                    raise ItemError("missing_tokens", f"{slab.id} needs tokens of {bad.id}, which is quarantined",
+                                    where=self.ledger.store.url, todo="`dinoray retry` tries both again")
+        return fuse_box(self._readers, self.grid, slab.start, slab.stop)
+
+    @cached_property
+    def _quarantined(self) -> list[Slab]:
+        """The slabs of planes that have no tokens: all planes are done when the first fused slab is read."""
+        rows = quarantined_now(generations(self.ledger.store)).to_pylist()
+        return [slab for row in rows if (slab := Slab.read(row["item_id"])).array != "fused"]
+
+    @cached_property
+    def _readers(self) -> dict[str, Any]:
+        return {name: open_array(self.ledger.store, self.grid.plane(name).array).read for name in self.grid.planes}
+
+    # ---------------------------------------------------------------- one unit
+
+    def process(self, unit: Unit, loaded: Iterable[Loaded], receipt: Receipt) -> Finish:
+        split_before = self.extractor.split_batches
+        seconds = dict.fromkeys(("read", "prepare", "wait_decode", "compute", "wait_compute", "wait_write", "write"), 0.0)
+        receipt.seconds = seconds
+        receipt.worker |= {"decode_threads": self.decode_threads, "compute_threads": self.compute_threads}
+        shards: deque[Future[StoredObject]] = deque()
+        stored: list[StoredObject] = []
+        bad: dict[int, ItemError] = {}
+        entries = iter(loaded)
+        for position, item in enumerate(unit.items):
+            began = time.monotonic()
+            entry = next(entries)
+            seconds["wait_decode"] += time.monotonic() - began
+            if entry.error is not None:
+                bad[position] = entry.error
+                continue
+            slab, value = Slab.read(item.item_id), entry.value
+            entry.value = None  # the pixels are the largest thing here
+            try:
+                if isinstance(value, PreparedSlab):
+                    receipt.bytes_read += value.num_bytes
+                    seconds["read"] += value.read_s
+                    seconds["prepare"] += value.prepare_s
+                    tokens = self._tokens(value, seconds)
+                else:
+                    tokens = _cast(value, np.isnan(value).any(axis=0), self.job.dense_dtype)
+            except ItemError as error:
+                bad[position] = error
+                continue
+            finally:
+                del value
+            receipt.row_items += 1
+            self._put_slab(slab, tokens, receipt, shards, stored, seconds)
+            del tokens
+        receipt.numerics = self._used_numerics(degraded=self.extractor.split_batches > split_before)
+        most_ahead = READ_AHEAD_PER_THREAD * self.decode_threads
+        receipt.memory = {"predicted": self._slab.predicted(self.job.memory_bytes, most_ahead), "model": self._model_bytes}
+        if self.on_cuda:
+            receipt.memory["device_peak"] = torch.cuda.max_memory_allocated()
+
+        def finish() -> None:
+            began = time.monotonic()
+            stored.extend(future.result() for future in shards)
+            receipt.objects = stored
+            receipt.quarantined = len(bad)
+            if bad:
+                table = []
+                for position, error in sorted(bad.items()):
+                    receipt.reasons[error.reason] = receipt.reasons.get(error.reason, 0) + 1
+                    table.append({"item_id": unit.items[position].item_id, "uri": self.volume.ref.uri, "reason": error.reason,
+                                  "message": str(error)})
+                receipt.objects.append(self.ledger.put_quarantine(unit.id, table))
+            receipt.memory["above_model"] = max(0, rss_peak() - self._model_bytes)
+            seconds["write"] += time.monotonic() - began
+
+        return finish
+
+    def _tokens(self, slab: PreparedSlab, seconds: dict[str, float]) -> np.ndarray:
+        """The tokens [D, z, y, x] of a slab in the stored dtype, NaN where they were skipped."""
+        found = TokenGrid(slab.windows, slab.num_planes, self.grid.dim)
+        for window, first in slab.skipped:
+            found.skip(window, first, self.grid.micro_batch)
+        running: deque[tuple[Any, int, Future]] = deque()
+
+        def collect() -> None:
+            self.beats += 1
+            window, first, future = running.popleft()
+            began = time.monotonic()
+            maps, compute_s = future.result()
+            seconds["wait_compute"] += time.monotonic() - began
+            seconds["compute"] += compute_s
+            if isinstance(maps, ItemError):
+                raise maps
+            found.add(window, first, maps[:slab.num_planes - first])
+
+        try:
+            for window, first in slab.batches:
+                while len(running) > self.compute_threads:  # one batch ready behind each running one
+                    collect()
+                running.append((window, first, self._compute.submit(self._timed_extract, self._crops(slab, window, first))))
+            while running:
+                collect()
+        finally:
+            for *_, future in running:
+                future.cancel()
+        return found.finished(lambda tokens, missing: _cast(tokens, missing, self.job.dense_dtype))
+
+    def _crops(self, slab: PreparedSlab, window: Any, first: int) -> list[Crop]:
+        """The window on `micro_batch` target planes; behind the volume's last plane that one again."""
+        height, width = slab.windows.size_px
+        part = slab.pixels[:, window.y:window.y + height, window.x:window.x + width]
+        planes = (min(first + i, slab.num_planes - 1) for i in range(self.grid.micro_batch))
+        return [Crop(part[k][None], self.low, self.high, "repeat") for k in planes]
+
+    def _timed_extract(self, crops: list[Crop]) -> tuple[np.ndarray | ItemError, float]:
+        began = time.monotonic()
+        try:
+            return self.extractor.extract(crops)[self.column], time.monotonic() - began
+        except ItemError as error:  # one window is too large for the device: the slab is at fault, not the run
+            return error, time.monotonic() - began
+
+    def _put_slab(self, slab: Slab, tokens: np.ndarray, receipt: Receipt, shards: deque[Future[StoredObject]],
+                  stored: list[StoredObject], seconds: dict[str, float]) -> None:
+        """Hand the slab's shards to the writers; those without a single value are not stored."""
+        spec = array_of(self.grid, slab.array)
+        for place, start, stop in shards_of(spec, slab.start, slab.stop):
+            values = tokens[(slice(None), *(slice(a - o, b - o) for a, b, o in zip(start, stop, slab.start, strict=True)))]
+            known = int(np.count_nonzero(~np.isnan(values[0])))
+            receipt.rows += known
+            if not known:
+                receipt.empty.append(shard_key(spec, place))
+                continue
+            began = time.monotonic()
+            while len(shards) >= SHARDS_IN_FLIGHT:
+                stored.append(shards.popleft().result())
+                self.beats += 1
+            shards.append(self._putter.submit(copy_context().run, self._put_shard, spec, place, values))
+            seconds["wait_write"] += time.monotonic() - began
+
+    def _put_shard(self, spec: ArraySpec, place: tuple[int, int, int], values: np.ndarray) -> StoredObject:
+        return self.ledger.put_object(shard_key(spec, place), encode_shard(spec, values))
+
+    def _used_numerics(self, *, degraded: bool) -> dict[str, Any]:
+        used = device_kind(self.extractor.device)
+        return {"device_kind": used, "precision": self.numerics["precision"], "micro_batch": self.grid.micro_batch,
+                "degraded": degraded or self.numerics["device_kind"] not in (used, "cuda")}
+
+
+def _cast(tokens: np.ndarray, missing: np.ndarray, dtype: str) -> np.ndarray:
+    """Features in the stored dtype, checked; NaN where `missing` (of the shape without the feature axis, first or last).
+
+    Raises ItemError `nonfinite`, `overflow`.
+    """
+    if missing.any():
+        unknown = missing[..., None] if missing.shape == tokens.shape[:-1] else missing[None]
+        cast = as_vector_dtype(np.where(unknown, np.float32(0), tokens), dtype)
+        return np.where(unknown, np.array(np.nan, cast.dtype), cast)
+    return as_vector_dtype(tokens, dtype)
