@@ -23,8 +23,9 @@ from dinoray.io.volume_arrays import check_arrays, create_arrays, encode_shard, 
 from dinoray.io.volume_grid import ArraySpec, VolumeGrid
 from tests.runs import DictStore
 
-GRID = VolumeGrid(shape=(37, 100, 131), voxel_nm=(30.0, 8.0, 8.0), translation_nm=(500.0, 44.0, -12.0), target_nm=(70.0, 64.0, 64.0),
-                  patch=16, planes=("xy", "xz", "yz"), window_px=128, halo_px=16, micro_batch=4, dim=3, dtype="float32")
+GRID = VolumeGrid(shape=(37, 100, 131), voxel_nm=(30.0, 8.0, 8.0), translation_nm=(500.0, 44.0, -12.0),
+                  target_nm=(70.0, 64.0, 64.0), patch=16, planes=("xy", "xz", "yz"), window_px=128, halo_px=16,
+                  micro_batch=4, dim=3, dtype="float32")
 SPEC = ArraySpec("xy", (9, 11, 13), 2, "float32", (70.0, 128.0, 128.0), (1.0, 2.0, 3.0), (2, 4, 4), (4, 8, 4))
 ATTRIBUTES = {"grid": GRID.as_dict(), "model": "é"}
 
