@@ -30,6 +30,7 @@ _CODES = {  # https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.htm
     "exists": {"PreconditionFailed", "412"},
     "unsupported": {"NotImplemented", "501"},
     "bucket": {"NoSuchBucket", "InvalidBucketName"},
+    "range": {"InvalidRange", "416"},
     "missing": {"NoSuchKey", "NoSuchVersion", "404", "410"},
     "denied": {"AccessDenied", "AllAccessDisabled", "AccountProblem", "AuthorizationHeaderMalformed", "CredentialsNotSupported",
                "ExpiredToken", "ExpiredTokenException", "InvalidAccessKeyId", "InvalidClientTokenId", "InvalidPayer",
@@ -70,7 +71,8 @@ class TruncatedBody(OSError):
 
 def classify(error: BaseException) -> str | None:
     """One of TRANSIENT, or missing, folder, exists, denied, bucket (none of this name), unsupported (by the store),
-    full (no space, read-only), refused (another answer of 4xx); None for an error that storage does not raise: a bug of ours,
+    full (no space, read-only), range (none of the bytes asked for exist), refused (another answer of 4xx); None for an error
+    that storage does not raise: a bug of ours,
     or one that has its class already.
     """
     if isinstance(error, DinorayError):

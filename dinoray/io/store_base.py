@@ -52,6 +52,19 @@ class Store:
         """The object as a seekable file: for readers that want a part of it. Raises FileNotFoundError."""
         raise NotImplementedError(type(self).__name__)
 
+    def get_range(self, key: str, begin: int, end: int | None = None) -> bytes:
+        """Bytes [begin, end) of the object, or its last -begin ones (`begin` < 0, `end` None); fewer where it ends before.
+
+        Raises FileNotFoundError when it is absent.
+        """
+        with self.open(key) as file:
+            size = file.seek(0, 2)
+            low, high = (max(0, size + begin), size) if begin < 0 else (begin, size if end is None else min(end, size))
+            if low >= high:
+                return b""
+            file.seek(low)
+            return file.read(high - low)
+
     def put(self, key: str, data: bytes | memoryview) -> None:
         """Create or replace the object, atomically."""
         raise NotImplementedError(type(self).__name__)

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from dinoray.errors import BadRequest
+
 NORMAL = {"xy": 0, "xz": 1, "yz": 2}
 """Plane -> the axis (of z, y, x) that it is normal to."""
 SHIFT_AFTER = 5
@@ -28,6 +30,8 @@ SHARD_PLANES = 8
 """Target planes in a shard, at least; a multiple of the micro-batch."""
 CHUNK_BYTES = 4 * 2**20
 """Most bytes of a chunk, before compression, where its shape allows."""
+SHARD_BYTES = 256 * 2**20
+"""Most bytes of a shard of a plane, before compression, where the micro-batch and the stride allow."""
 FUSED_SHARD_BYTES = 128 * 2**20
 """Most bytes of a shard of the fused array, before compression."""
 
@@ -136,6 +140,21 @@ class VolumeGrid:
     edges: str = "extrapolate"
     """How tokens are read beyond the centres of the outermost ones: `extrapolate` (linearly) or `clamp`."""
 
+    def __post_init__(self) -> None:
+        """Raises BadRequest for windows that do not fit together: a token lies in two windows of an axis at most."""
+        window, halo, patch = self.window_px, self.halo_px, self.patch
+        if halo < 0 or halo % patch or window < patch or window % patch:
+            raise BadRequest(f"windows of {window} px with a halo of {halo} px are not made of patches of {patch} px",
+                             todo=f"choose multiples of {patch}")
+        if window < 4 * halo:
+            raise BadRequest(f"a halo of {halo} px is too wide for windows of {window} px: three of them would overlap",
+                             todo=f"choose a halo of at most {window // 4 // patch * patch} px, or larger windows")
+        if not self.planes or set(self.planes) - set(NORMAL) or len(set(self.planes)) < len(self.planes):
+            raise BadRequest(f"not a choice of planes: {', '.join(self.planes) or 'none'}", todo=f"some of {', '.join(NORMAL)}")
+        if min(self.shape) < 1 or min(*self.voxel_nm, *self.target_nm) <= 0:
+            raise BadRequest(f"no volume has the shape {self.shape}, voxels of {self.voxel_nm} nm and target voxels of "
+                             f"{self.target_nm} nm", todo="all must be above 0")
+
     @property
     def extent_nm(self) -> Triple:
         """Size of the volume in nm."""
@@ -227,18 +246,23 @@ class PlaneGrid:
         return -(-SHARD_PLANES // batch) * batch
 
     def shard_tokens(self, axis: int) -> int:
-        """Tokens of a shard along one of `axes`: a divisor or a multiple of the stride near SHARD_TOKENS."""
-        stride = self.lattice(axis).stride
-        if stride <= SHARD_TOKENS:
-            return stride * (SHARD_TOKENS // stride)
-        divisor = max(d for d in range(1, SHARD_TOKENS + 1) if stride % d == 0)
-        return divisor if divisor >= 8 else stride
+        """Tokens of a shard along one of `axes`: a divisor or a multiple of the stride, near SHARD_TOKENS or, where a shard
+        would be above SHARD_BYTES, near less."""
+        stride, aim = self.lattice(axis).stride, SHARD_TOKENS
+        token = self.planes_per_shard * self.grid.dim * np.dtype(self.grid.dtype).itemsize
+        while token * aim**2 > SHARD_BYTES and aim > 8:
+            aim //= 2
+        if stride <= aim:
+            return stride * (aim // stride)
+        divisors = [d for d in range(1, stride + 1) if stride % d == 0]
+        below = max(d for d in divisors if d <= aim)
+        return below if below >= 8 else min(d for d in divisors if d > aim)
 
     @cached_property
     def array(self) -> ArraySpec:
         """The stored array of the plane's tokens."""
         shards = tuple(self.planes_per_shard if a == self.normal else self.shard_tokens(a) for a in range(3))
-        chunks = [n // 2 if a != self.normal and n > 16 and n % 2 == 0 else n for a, n in enumerate(shards)]
+        chunks = [n if a == self.normal else max([d for d in range(8, 17) if n % d == 0], default=n) for a, n in enumerate(shards)]
         itemsize = np.dtype(self.grid.dtype).itemsize
         while self.grid.dim * itemsize * prod(chunks) > CHUNK_BYTES and chunks[self.normal] > 1:
             depth = chunks[self.normal]

@@ -24,6 +24,7 @@ ANSWERS = {  # fault -> status, S3's code, its message
     "denied": (403, "AccessDenied", "Access Denied"),
     "expired": (400, "ExpiredToken", "The provided token has expired."),
     "bad_key": (403, "InvalidAccessKeyId", "The AWS Access Key Id you provided does not exist in our records."),
+    "bad_range": (416, "InvalidRange", "The requested range is not satisfiable"),
     "not_implemented": (501, "NotImplemented", "A header you provided implies functionality that is not implemented."),
 }
 FAULTS = (*ANSWERS, "reset", "stall", "truncate", "lost_answer", "latency", "ignore_condition")
