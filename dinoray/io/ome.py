@@ -32,6 +32,8 @@ class OmePlanes:
     pixel_size_um: float | None
     height: int
     width: int
+    voxel_size_um: tuple[float | None, float | None, float | None] = (None, None, None)
+    """PhysicalSizeZ, Y, X."""
 
 
 def to_um(value: str | float | None, unit: str) -> float | None:
@@ -116,9 +118,8 @@ def _planes(pixels: Any, blocks: list[dict[str, str]], num_pages: int, uri: str,
     except (KeyError, ValueError) as error:
         raise ItemError("decode", f"the OME-XML is not understood: {error!r}", where=uri) from error
     names = {i: c.attrib["Name"] for i, c in enumerate(channels) if c.get("Name")}
-    x, y = (to_um(pixels.get(f"PhysicalSize{axis}"), pixels.get(f"PhysicalSize{axis}Unit", "µm"))
-            for axis in "XY")
-    return OmePlanes(planes, names, isotropic(x, y), sizes["Y"], sizes["X"])
+    z, y, x = (to_um(pixels.get(f"PhysicalSize{axis}"), pixels.get(f"PhysicalSize{axis}Unit", "µm")) for axis in "ZYX")
+    return OmePlanes(planes, names, isotropic(x, y), sizes["Y"], sizes["X"], (z, y, x))
 
 
 def _add_block(

@@ -48,15 +48,15 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ItemError("decode", f"the metadata are no JSON: {str(error)[:200]}", where=where) from error
-    return _dict(value, "the metadata", where)
+    return as_dict(value, "the metadata", where)
 
 
 def ome_attributes(document: dict[str, Any], where: str) -> dict[str, Any]:
     """The OME part of a group's document: `attributes.ome` of a zarr.json (0.5), else a .zattrs as it is."""
     if document.get("zarr_format") != 3:
         return document
-    attributes = _dict(document.get("attributes", {}), "attributes", where)
-    return _dict(attributes.get("ome", attributes), "ome", where)
+    attributes = as_dict(document.get("attributes", {}), "attributes", where)
+    return as_dict(attributes.get("ome", attributes), "ome", where)
 
 
 def parse_image(attributes: dict[str, Any], where: str) -> ImageGroup | None:
@@ -69,32 +69,32 @@ def parse_image(attributes: dict[str, Any], where: str) -> ImageGroup | None:
     if "image-label" in attributes:
         raise ItemError("unsupported", "a label image, not an image", where=where,
                         todo="name the image that the labels belong to")
-    scales = _list(attributes["multiscales"], "multiscales", where)
+    scales = as_list(attributes["multiscales"], "multiscales", where)
     if not scales:
         raise ItemError("decode", "multiscales is empty", where=where)
-    multiscale = _dict(scales[0], "multiscales", where)
-    datasets = [_dict(d, "datasets", where) for d in _list(multiscale.get("datasets"), "datasets", where)]
+    multiscale = as_dict(scales[0], "multiscales", where)
+    datasets = [as_dict(d, "datasets", where) for d in as_list(multiscale.get("datasets"), "datasets", where)]
     if not datasets:
         raise ItemError("decode", "the image has no level", where=where)
     names, units = _axes(multiscale, where)
     sizes = [1.0] * len(names)
     for owner in (datasets[0], multiscale):
-        for transform in _list(owner.get("coordinateTransformations", []), "coordinateTransformations", where):
-            scale = _dict(transform, "coordinateTransformations", where).get("scale")
+        for transform in as_list(owner.get("coordinateTransformations", []), "coordinateTransformations", where):
+            scale = as_dict(transform, "coordinateTransformations", where).get("scale")
             if scale is not None:
-                factors = [_number(n, "scale", where) for n in _list(scale, "scale", where)]
+                factors = [as_number(n, "scale", where) for n in as_list(scale, "scale", where)]
                 if len(factors) != len(names):
                     raise ItemError("decode", f"a scale of {len(factors)} numbers for axes {names}", where=where)
                 sizes = [size * factor for size, factor in zip(sizes, factors, strict=True)]
     y_um, x_um = (to_um(sizes[i], units[i]) for i in (-2, -1))
     level = path_below(datasets[0].get("path"), where)
-    return ImageGroup(names, level, _channel_names(attributes, where), isotropic(x_um, y_um))
+    return ImageGroup(names, level, channel_names(attributes, where), isotropic(x_um, y_um))
 
 
 def _axes(multiscale: dict[str, Any], where: str) -> tuple[str, list[str]]:
     """Axis names as one string, and the unit of each ("" where unknown)."""
-    axes = _list(multiscale.get("axes", list("tczyx")), "axes", where)[:16]  # 0.1 and 0.2 had no choice
-    dicts = [{"name": axis} if isinstance(axis, str) else _dict(axis, "axes", where) for axis in axes]
+    axes = as_list(multiscale.get("axes", list("tczyx")), "axes", where)[:16]  # 0.1 and 0.2 had no choice
+    dicts = [{"name": axis} if isinstance(axis, str) else as_dict(axis, "axes", where) for axis in axes]
     names = [str(axis.get("name", "")).lower() for axis in dicts]
     joined = "".join(names)
     if any(name not in tuple("tczyx") for name in names) or len(set(names)) < len(names) or joined[-2:] != "yx":
@@ -103,7 +103,8 @@ def _axes(multiscale: dict[str, Any], where: str) -> tuple[str, list[str]]:
     return joined, [str(axis.get("unit") or "") for axis in dicts]
 
 
-def _channel_names(attributes: dict[str, Any], where: str) -> tuple[str, ...] | None:
+def channel_names(attributes: dict[str, Any], where: str) -> tuple[str, ...] | None:
+    """The names in `omero`, one for each channel; None where they are not all there, or not all different."""
     omero = attributes.get("omero")
     if not isinstance(omero, dict) or not isinstance(omero.get("channels"), list):
         return None
@@ -117,10 +118,10 @@ def parse_plate(attributes: dict[str, Any], where: str) -> list[WellRef] | None:
     """The wells of a plate, in the order of rows and columns; None when the group is no plate."""
     if "plate" not in attributes:
         return None
-    plate = _dict(attributes["plate"], "plate", where)
+    plate = as_dict(attributes["plate"], "plate", where)
     wells = []
-    for well in _list(plate.get("wells"), "plate.wells", where):
-        path = path_below(_dict(well, "plate.wells", where).get("path"), where)
+    for well in as_list(plate.get("wells"), "plate.wells", where):
+        path = path_below(as_dict(well, "plate.wells", where).get("path"), where)
         row, slash, column = path.partition("/")
         if not slash or "/" in column:
             raise ItemError("decode", f"a well at {path[:100]!r} instead of row/column", where=where)
@@ -132,10 +133,10 @@ def parse_plate(attributes: dict[str, Any], where: str) -> list[WellRef] | None:
 
 def parse_well(attributes: dict[str, Any], where: str) -> list[tuple[str, str | None]]:
     """(path below the well, acquisition) of each field. Raises ItemError `decode` when the group is no well."""
-    well = _dict(attributes.get("well"), "well", where)
+    well = as_dict(attributes.get("well"), "well", where)
     fields = []
-    for image in _list(well.get("images"), "well.images", where):
-        acquisition = _dict(image, "well.images", where).get("acquisition")
+    for image in as_list(well.get("images"), "well.images", where):
+        acquisition = as_dict(image, "well.images", where).get("acquisition")
         fields.append((path_below(image.get("path"), where), None if acquisition is None else str(acquisition)[:64]))
     if len({path for path, _ in fields}) < len(fields):
         raise ItemError("decode", "the well names a field twice", where=where)
@@ -144,7 +145,7 @@ def parse_well(attributes: dict[str, Any], where: str) -> list[tuple[str, str | 
 
 def parse_series(attributes: dict[str, Any], where: str) -> list[str]:
     """The images that the `OME` group of the bioformats2raw layout names."""
-    return [path_below(path, where) for path in _list(attributes.get("series", []), "series", where)]
+    return [path_below(path, where) for path in as_list(attributes.get("series", []), "series", where)]
 
 
 def path_below(path: Any, where: str) -> str:
@@ -158,19 +159,22 @@ def path_below(path: Any, where: str) -> str:
         raise ItemError("bad_path", f"the metadata name the path {str(path)[:100]!r}", where=where) from error
 
 
-def _dict(value: Any, name: str, where: str) -> dict[str, Any]:
+def as_dict(value: Any, name: str, where: str) -> dict[str, Any]:
+    """The value when it is a JSON object. Raises ItemError `decode`."""
     if not isinstance(value, dict):
         raise ItemError("decode", f"{name}: not a JSON object", where=where)
     return value
 
 
-def _list(value: Any, name: str, where: str) -> list[Any]:
+def as_list(value: Any, name: str, where: str) -> list[Any]:
+    """The value when it is a list of at most MAX_FIELDS. Raises ItemError `decode`."""
     if not isinstance(value, list) or len(value) > MAX_FIELDS:
         raise ItemError("decode", f"{name}: not a list, or one of over {MAX_FIELDS:,} entries", where=where)
     return value
 
 
-def _number(value: Any, name: str, where: str) -> float:
+def as_number(value: Any, name: str, where: str) -> float:
+    """The value when it is a finite number. Raises ItemError `decode`."""
     if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e300 or not math.isfinite(value):
         raise ItemError("decode", f"{name}: not a number", where=where)
     return float(value)

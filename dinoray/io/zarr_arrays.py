@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from math import ceil, prod
 from typing import Any
 
+import google_crc32c
 import imagecodecs
 import numpy as np
 
@@ -179,6 +180,27 @@ def _pieces(info: ArrayInfo, data: bytes, where: str) -> list[memoryview]:
             raise ItemError("truncated", "a shard ends before a chunk of its index", where=where)
         pieces.append(view[offset:offset + length])
     return pieces
+
+
+def shard_index_place(info: ArrayInfo, num_bytes: int, where: str) -> tuple[int, int]:
+    """The bytes [begin, end) of the index in a shard of `num_bytes`. Raises ItemError `truncated`."""
+    size = 16 * prod(outer // part for outer, part in zip(info.chunks, info.inner, strict=True)) + 4
+    if num_bytes < size:
+        raise ItemError("truncated", "a shard ends within its index", where=where)
+    return (0, size) if info.index_at_start else (num_bytes - size, num_bytes)
+
+
+def shard_index(info: ArrayInfo, data: bytes, where: str) -> np.ndarray:
+    """The index of a shard [pieces, 2] uint64: offset and bytes of each piece in C order, all ones where none is stored.
+
+    Raises ItemError `decode` when its checksum says otherwise.
+    """
+    if google_crc32c.value(data[:-4]) != int.from_bytes(data[-4:], "little"):
+        raise ItemError("decode", "the index of a shard is damaged", where=where, todo="copy the shard again")
+    index = np.frombuffer(data, "<u8", (len(data) - 4) // 8).reshape(-1, 2)
+    if np.any((index[:, 0] >= 2**62) & (index[:, 0] < 2**64 - 1)) or np.any((index[:, 1] >= 2**62) & (index[:, 1] < 2**64 - 1)):
+        raise ItemError("decode", "the index of a shard points behind its end", where=where)
+    return index
 
 
 def _declared(compressor: str | None, data: bytes, limit: int) -> int:

@@ -1,0 +1,107 @@
+"""One chunk of a Zarr array (v2, v3, inside a shard too): fetched, checked, decoded by zarr from memory.
+
+Each chunk is handed to zarr as an array of one chunk, with metadata that zarr_arrays.py let through. Of a shard only the
+index and the chunks that are asked for are read: shards are often larger than what an actor may hold.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from dataclasses import replace
+from math import ceil, prod
+
+import numpy as np
+import zarr
+from zarr.core.buffer import default_buffer_prototype
+from zarr.storage import MemoryStore
+
+from dinoray.errors import DinorayError, ItemError
+from dinoray.io.items import FileRef
+from dinoray.io.volume_objects import ChunkObjects
+from dinoray.io.zarr_arrays import ArrayInfo, check_object, shard_index, shard_index_place
+
+_INDEXES = 256
+"""Indexes of shards that are kept."""
+
+
+class ZarrChunks:
+    """Chunks of an array; places count in pieces of `info.inner`, over all its axes. Safe to share between threads."""
+
+    def __init__(self, info: ArrayInfo, objects: ChunkObjects):
+        self.info, self._objects = info, objects
+        self._one = one_chunk(info)
+        self._per_object = tuple(outer // part for outer, part in zip(info.chunks, info.inner, strict=True))
+        self._indexes: OrderedDict[str, tuple[FileRef, np.ndarray] | None] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def decode(self, place: tuple[int, ...]) -> np.ndarray:
+        """The values of a piece, over all axes; the fill value where nothing is stored.
+
+        Raises ItemError `decode`, `truncated`, `too_large` and what reading raises.
+        """
+        outer = tuple(p // n for p, n in zip(place, self._per_object, strict=True))
+        key = self.info.key(outer)
+        data = self._of_shard(key, place) if self.info.sharded else self._objects.get(key)
+        where = f"{self._objects.uri}/{key}"
+        if data is not None:
+            check_object(self._one, data, where)
+        make = default_buffer_prototype().buffer.from_bytes
+        contents = {self._one.name: make(self._one.document)}
+        if data is not None:
+            contents[self._one.key((0,) * len(place))] = make(data)
+        try:
+            return np.asarray(zarr.open_array(MemoryStore(contents), mode="r",
+                                              zarr_format=2 if self._one.name == ".zarray" else 3)[...])
+        except DinorayError:
+            raise
+        except MemoryError as error:
+            raise ItemError("too_large", "decoding asked for more memory than there is", where=where) from error
+        except Exception as error:  # zarr and its codecs raise a dozen types for damaged chunks
+            raise ItemError("decode", f"the chunk cannot be decoded: {type(error).__name__}: {error}"[:300], where=where,
+                            todo="copy the chunk again") from error
+
+    def _of_shard(self, key: str, place: tuple[int, ...]) -> bytes | None:
+        """The stored bytes of a piece of a shard."""
+        found = self._index(key)
+        if found is None:
+            return None
+        ref, index = found
+        inside = tuple(p % n for p, n in zip(place, self._per_object, strict=True))
+        offset, length = (int(n) for n in index[np.ravel_multi_index(inside, self._per_object)])
+        return None if offset == length == 2**64 - 1 else self._objects.part(ref, offset, offset + length)
+
+    def _index(self, key: str) -> tuple[FileRef, np.ndarray] | None:
+        with self._lock:
+            if key in self._indexes:
+                self._indexes.move_to_end(key)
+                return self._indexes[key]
+        ref = self._objects.ref(key)
+        found = None
+        if ref is not None:
+            begin, end = shard_index_place(self.info, ref.size, ref.uri)
+            found = ref, shard_index(self.info, self._objects.part(ref, begin, end), ref.uri)
+        with self._lock:
+            self._indexes[key] = found
+            while len(self._indexes) > _INDEXES:
+                self._indexes.popitem(last=False)
+        return found
+
+
+def one_chunk(info: ArrayInfo) -> ArrayInfo:
+    """The array of one inner chunk, coded as in `info`."""
+    document = json.loads(info.document)
+    document["shape"] = list(info.inner)
+    if info.name == ".zarray":
+        document["chunks"] = list(info.inner)
+    else:
+        document["chunk_grid"] = {"name": "regular", "configuration": {"chunk_shape": list(info.inner)}}
+        if info.sharded:
+            document["codecs"] = document["codecs"][-1]["configuration"]["codecs"]
+    return replace(info, shape=info.inner, chunks=info.inner, sharded=False, document=json.dumps(document).encode())
+
+
+def count_objects(info: ArrayInfo, fixed: dict[int, int]) -> int:
+    """How many objects the array may have at the fixed places of some axes."""
+    return prod(ceil(n / c) for a, (n, c) in enumerate(zip(info.shape, info.chunks, strict=True)) if a not in fixed)
