@@ -17,7 +17,7 @@ from dinoray.errors import DinorayError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Image collections and volumes of any size through DINOv3, with output that can be trusted.")
-extract = typer.Typer(no_args_is_help=True, help="Features of images.")
+extract = typer.Typer(no_args_is_help=True, help="Features of images, cells and volumes.")
 app.add_typer(extract, name="extract")
 
 Out = Annotated[str, typer.Argument(help="Output folder or URL of a run.")]

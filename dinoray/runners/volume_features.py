@@ -20,7 +20,7 @@ import torch
 from dinoray.config import ExtractVolumeJob
 from dinoray.errors import ItemError
 from dinoray.generations import generations, quarantined_now
-#FUSION
+from dinoray.io.fusion import fuse_box
 from dinoray.io.items import Item
 from dinoray.io.tables import as_vector_dtype
 from dinoray.io.volume_arrays import encode_shard, shard_key, shards_of
