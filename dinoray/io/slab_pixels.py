@@ -94,7 +94,13 @@ def plane_taps(plane: PlaneGrid, first: int, stop: int, rule: str) -> Taps:
 
 
 def _box_taps(planes: np.ndarray, ratio: float, size: int) -> Taps:
-    """The mean over [k ratio, (k + 1) ratio) voxels: by how much of each voxel lies in it."""
+    """The mean over [k ratio, (k + 1) ratio) voxels: by how much of each voxel lies in it.
+
+    Where a border cuts a voxel, its centre is not that of the part inside; the weights of the first and the last voxel
+    make up for it, so that the centre of mass is the plane's own.
+    """
+    if ratio <= 1 + _EXACT:
+        return linear_taps((planes + 0.5) * ratio - 0.5, size)
     count = ceil(ratio - _EXACT) + 1
     indices, weights = np.zeros((len(planes), count), np.int64), np.zeros((len(planes), count), np.float32)
     for row, k in enumerate(planes.tolist()):
@@ -103,7 +109,13 @@ def _box_taps(planes: np.ndarray, ratio: float, size: int) -> Taps:
         voxels = np.arange(start, start + count)
         share = np.clip(np.minimum(voxels + 1, high) - np.maximum(voxels, low), 0, None)
         share[share < _EXACT] = 0
-        indices[row], weights[row] = reflect(voxels, size), share / share.sum()
+        share /= share.sum()
+        inside = np.flatnonzero(share)
+        shift = ((low + high - 1) / 2 - share @ voxels) / (inside[-1] - inside[0])
+        if abs(shift) > _EXACT:
+            share[inside[0]] -= shift
+            share[inside[-1]] += shift
+        indices[row], weights[row] = reflect(voxels, size), share
     return Taps(indices, weights)
 
 

@@ -66,8 +66,9 @@ def test_antialias_is_the_mean_over_the_thickness_of_the_plane() -> None:
     taps = slab_taps(plane, (0, 10), (0, 50), (0, 60), "antialias")
     np.testing.assert_allclose(taps.pixels(taps.read_raw(reader(volume))), volume.reshape(10, 4, 50, 60).mean(axis=1), atol=1e-6)
     uneven = plane_taps(grid(target=(20.0, 20.0, 20.0)).plane("xy"), 0, 4, "antialias")  # 2.5 voxels
-    np.testing.assert_allclose(uneven.weights[1] * 2.5, [0.5, 1, 1, 0], atol=1e-6)
-    assert uneven.indices[1].tolist() == [2, 3, 4, 5]
+    # voxels 2.5 to 5: half of voxel 2, moved a little so that the centre of mass is at 3.25 (voxel centres are integers)
+    np.testing.assert_allclose(uneven.weights[1] * 2.5, [0.5 - 0.0625, 1, 1 + 0.0625, 0], atol=1e-6)
+    assert uneven.indices[1].tolist() == [2, 3, 4, 5] and uneven.weights[1] @ uneven.indices[1] == pytest.approx(3.25)
 
 
 def test_linspace_is_the_rule_of_the_original() -> None:
