@@ -17,7 +17,7 @@ from dinoray.io.reading import read_file
 from dinoray.io.remote_store import on_inputs
 from dinoray.io.retries import retried
 from dinoray.io.storage_errors import TruncatedBody, storage_errors
-from dinoray.io.stores import is_local, local_path, read_bytes
+from dinoray.io.stores import is_local, local_path
 from dinoray.io.walk import LocalTree, RemoteTree
 from dinoray.io.zarr_objects import MAX_OBJECTS, list_objects
 
@@ -90,13 +90,12 @@ class ChunkObjects:
         if self._listed is not None:
             ref = self._listed.get(key)
             return None if ref is None else read_file(ref, self._limits)
-        try:
-            data = read_bytes(f"{self.uri}/{key}")
-        except FileNotFoundError:
+        ref = self.ref(key)
+        if ref is None:
             return None
-        if len(data) > self._limits.max_file_bytes:
-            raise ItemError("too_large", f"a chunk of {len(data):,} bytes", where=f"{self.uri}/{key}")
-        return data
+        if is_local(ref.uri):
+            return self.part(ref, 0, ref.size)
+        return read_file(ref, self._limits)
 
     def part(self, ref: FileRef, begin: int, end: int) -> bytes:
         """Bytes [begin, end) of an object. Raises as `get`, and ItemError `truncated` where the object ends before."""
@@ -135,12 +134,13 @@ def changed(uri: str) -> ItemError:
 def _part(ref: FileRef, begin: int, end: int) -> bytes:
     """One try. Raises ItemError `changed`, TruncatedBody, what storage raises."""
     if is_local(ref.uri):
-        descriptor = os.open(local_path(ref.uri), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            data = os.pread(descriptor, end - begin, begin)
-            version: str | None = str(os.fstat(descriptor).st_mtime_ns)
-        finally:
-            os.close(descriptor)
+        path = local_path(ref.uri)
+        if path.is_symlink():
+            raise ItemError("bad_path", "a link inside a container is not followed", where=ref.uri,
+                            todo="copy what it points to into it")
+        with open(path, "rb", buffering=0) as file:
+            data = _read_all(file.fileno(), begin, end)
+            version: str | None = str(os.fstat(file.fileno()).st_mtime_ns)
     else:
         data, version = on_inputs(ref.uri, lambda fs: _remote_part(fs, ref.uri, begin, end))
     if version not in (None, ref.version):
@@ -148,6 +148,15 @@ def _part(ref: FileRef, begin: int, end: int) -> bytes:
     if len(data) != end - begin:
         raise TruncatedBody(f"only {len(data):,} of {end - begin:,} bytes arrived")
     return data
+
+
+def _read_all(descriptor: int, begin: int, end: int) -> bytes:
+    """Bytes [begin, end), fewer where the file ends: one call reads at most 2 GiB."""
+    parts = []
+    while begin < end and (part := os.pread(descriptor, end - begin, begin)):
+        parts.append(part)
+        begin += len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def _remote_part(fs, uri: str, begin: int, end: int) -> tuple[bytes, str | None]:

@@ -12,15 +12,14 @@ import numpy as np
 
 from dinoray.errors import BadRequest, ItemError
 from dinoray.io import ome_zarr
-from dinoray.io.stores import is_local
 from dinoray.io.volume_attributes import plain_level
 from dinoray.io.volume_chunks import ZarrChunks, count_objects
+from dinoray.io.volume_folders import choices, refuse_labels_path
 from dinoray.io.volume_grid import Shape
 from dinoray.io.volume_levels import Level, choose_level, named_level, unstated
 from dinoray.io.volume_objects import ChunkObjects
 from dinoray.io.volume_ome import Multiscale, axis_name, parse_axes, parse_multiscale
 from dinoray.io.volume_source import About, Source, VolumeRequest, check_array, check_piece, labels_error, pick
-from dinoray.io.walk import LocalTree, RemoteTree
 from dinoray.io.zarr_arrays import ArrayInfo, parse_array
 from dinoray.io.zarr_objects import leads_out, read_document
 
@@ -55,10 +54,10 @@ class _Found:
 def open_zarr(uri: str, request: VolumeRequest) -> Source:
     """The Source of a volume in the Zarr folder at `uri`. Raises BadRequest, ItemError (of metadata), errors of storage."""
     target = uri if request.dataset is None else f"{uri}/{ome_zarr.path_below(request.dataset.strip('/'), uri)}"
-    _refuse_labels_path(uri, request.dataset)
+    refuse_labels_path(uri, request.dataset)
     node = read_node(target)
     if node is None:
-        raise BadRequest("no Zarr group or array is there", where=target, todo=_choices(uri))
+        raise BadRequest("no Zarr group or array is there", where=target, todo=choices(uri))
     found = _in_array(node, uri, request) if node.is_array else _in_group(node, uri, request)
     if leads_out(found.array.uri, uri):
         raise BadRequest("a link that leads out of the Zarr group", where=found.array.uri,
@@ -102,7 +101,7 @@ def _in_group(node: Node, top: str, request: VolumeRequest, *, inside_series: bo
         return _Found(array, multiscale.axes, level, notes, multiscale.channel_names, node.stored)
     if "bioformats2raw.layout" in attributes and not inside_series:
         return _in_group(_only_series(node), top, request, inside_series=True)
-    raise BadRequest("a Zarr group without a multiscale image", where=node.uri, todo=_choices(node.uri, top))
+    raise BadRequest("a Zarr group without a multiscale image", where=node.uri, todo=choices(node.uri, top))
 
 
 def _array_at(group: str, path: str) -> Node:
@@ -191,29 +190,9 @@ def _plain_axes(node: Node, ndim: int) -> str:
         return "zyx"
     if ndim < 3:
         raise BadRequest(f"an array of {ndim} axes, not a volume", where=node.uri,
-                         todo=f"images are read by `dinoray extract images`; {_choices(node.uri.rpartition('/')[0])}")
+                         todo=f"images are read by `dinoray extract images`; {choices(node.uri.rpartition('/')[0])}")
     raise BadRequest(f"an array of {ndim} axes without names", where=node.uri,
                      todo="name them in dimension_names (v3) or _ARRAY_DIMENSIONS, from t, c, z, y, x; or write it as OME-Zarr")
-
-
-def _refuse_labels_path(uri: str, dataset: str | None) -> None:
-    """A path below `labels/` of a container is a label image, whatever its metadata leave out."""
-    parts = uri.split("/")
-    inside = next((parts[i + 1:] for i, part in enumerate(parts) if part.lower().endswith(".zarr")), [])
-    if "labels" in [*inside, *(dataset or "").split("/")]:
-        raise labels_error("a path below labels/", f"{uri}/{dataset}" if dataset else uri)
-
-
-def _choices(uri: str, top: str | None = None) -> str:
-    """What to do when a group holds no volume by itself: the names in it."""
-    try:
-        tree: LocalTree | RemoteTree = LocalTree() if is_local(uri) else RemoteTree(uri)
-        entries = tree.list(uri if isinstance(tree, LocalTree) else tree.path)
-    except FileNotFoundError:
-        return "check the path"
-    prefix = uri[len(top) + 1:] + "/" if top and uri.startswith(top + "/") else ""
-    names = [prefix + entry.name for entry in entries if entry.is_folder and not entry.name.startswith(".")]
-    return f"choose an array with --dataset; there are: {', '.join(names[:20])}" if names else "check the path"
 
 
 def _source(top: str, found: _Found, request: VolumeRequest) -> Source:

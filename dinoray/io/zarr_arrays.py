@@ -160,7 +160,7 @@ def check_object(info: ArrayInfo, data: bytes, where: str) -> None:
             stored = struct.unpack_from("<I", piece, 12)[0] if len(piece) >= 16 else -1
             if stored != len(piece):
                 raise ItemError("truncated", f"a blosc chunk of {len(piece):,} bytes instead of {stored:,}", where=where)
-        if _declared(info.compressor, bytes(piece), nbytes) > nbytes:
+        if declared_bytes(info.compressor, bytes(piece), nbytes) > nbytes:
             raise ItemError("too_large", f"a chunk that decodes to more than the {nbytes:,} bytes of its shape",
                             where=where)
 
@@ -203,7 +203,7 @@ def shard_index(info: ArrayInfo, data: bytes, where: str) -> np.ndarray:
     return index
 
 
-def _declared(compressor: str | None, data: bytes, limit: int) -> int:
+def declared_bytes(compressor: str | None, data: bytes, limit: int) -> int:
     """Decoded bytes of a compressed piece, or any number over `limit`."""
     if compressor is None:
         return len(data)
