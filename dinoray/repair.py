@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dinoray.config import ExtractJob, build_job
+from dinoray.config import ExtractVolumeJob, FeatureJob, build_job
 from dinoray.errors import BadRequest, ChangedRequest
 from dinoray.generations import REQUEST, Generation, begin, generations, next_prefix, quarantined_now
 from dinoray.inputs import list_inputs
@@ -28,6 +28,7 @@ from dinoray.sealing import known_scaling
 from dinoray.session import Outcome, Session, open_session
 from dinoray.units import item_digest
 from dinoray.verification import open_run
+from dinoray.volume_repair import plan_volume_retry
 
 OBJECT_FIELDS = ("labels", "centroids")
 """Fields of a job of cells that an extension may have of its own."""
@@ -53,7 +54,7 @@ def retry(out: str, *, reasons: Iterable[str] = (), say: Callable[[str], None] =
         if open_parts:
             say(f"an earlier retry is finished first ({sum(p.plan.num_items for p in open_parts)} items)")
         elif rows := _rows_to_retry(parts, wanted, say):
-            _plan_retry(session, parts, rows)
+            (plan_volume_retry if isinstance(job, ExtractVolumeJob) else _plan_retry)(session, parts, rows)
         return session.run(("retry", "first", "extend"), tolerant=True)
 
 
@@ -67,6 +68,9 @@ def extend(out: str, sources: Iterable[str], *, say: Callable[[str], None] = pri
     where = {name: execution[name] for name in OBJECT_FIELDS if execution.get(name) is not None}
     command = shlex.join(["dinoray", "extend", out, *sources, *(w for name, url in where.items() for w in (f"--{name}", url))])
     job, resolved = _again(out, execution)
+    if isinstance(job, ExtractVolumeJob):
+        raise BadRequest("the output of a volume cannot be extended: its arrays have one size", where=job.out,
+                         todo="extract the other volume (or crop) into an --out of its own")
     more = absolute(job.model_copy(update={"sources": tuple(sources)})).sources
     if not more:
         raise BadRequest("no source", where="SRC", todo="name what to add: folders, files, globs, URLs, manifests")
@@ -106,7 +110,7 @@ def _absolute(url: str) -> str:
     return str(local_path(url)) if is_local(url) else url
 
 
-def _again(out: str, execution: dict[str, Any]) -> tuple[ExtractJob, Resolved]:
+def _again(out: str, execution: dict[str, Any]) -> tuple[FeatureJob, Resolved]:
     """The job of an output, with other execution settings; it must still compute the same."""
     store, _, _ = open_run(out)
     recorded, fingerprint = read_request(store)
@@ -128,6 +132,7 @@ def _rows_to_retry(parts: list[Generation], wanted: set[str], say: Callable[[str
     if unknown := wanted - found.keys():
         raise BadRequest(f"no item is quarantined for {', '.join(sorted(unknown))}", where="--reason",
                          todo="reasons here: " + (", ".join(f"{r} ({n})" for r, n in sorted(found.items())) or "none"))
+    wanted = wanted | {"missing_tokens"} if wanted else wanted  # of a volume: they wait for others that are tried again
     rows = [row for row in rows if (row["reason"] in wanted if wanted else row["reason"] not in NEVER_MENDED)]
     if not rows:
         say("nothing to retry" + (f": what is left ({sum(found.values())} items) cannot be mended by a retry" if found else ""))

@@ -18,14 +18,15 @@ from dinoray.failpoints import reach
 from dinoray.generations import generations
 from dinoray.io.stores import Store, open_store
 from dinoray.io.volume_arrays import check_arrays, create_arrays
+from dinoray.io.volume_grid import VolumeGrid
 from dinoray.io.volumes import Volume
 from dinoray.memory.meter import available_cores
 from dinoray.request import absolute, check_request, record_request, resume_command
-from dinoray.resolve import resolve
+from dinoray.resolve import Resolved, resolve
 from dinoray.runners.volume_statistics import sample_blocks
 from dinoray.sealing import run_statistics
 from dinoray.session import Outcome, Session, open_session
-from dinoray.slabs import all_units, check_alone
+from dinoray.slabs import Slab, all_units, check_alone
 from dinoray.units import Plan, PlanWriter, item_digest, item_row
 from dinoray.vision.intensity import full_range
 from dinoray.volume_inputs import check_mask, open_mask, open_source
@@ -79,7 +80,7 @@ def extract_volume(job: ExtractVolumeJob, say: Callable[[str], None] = print, *,
 
 def seal_volume(session: Session, volume: Volume, forecast: Forecast, inputs: list[list[Any]]) -> Plan:
     """Arrays, scaling, units, and the plan's index last."""
-    store, resolved, job = session.store, session.resolved, session.job
+    store, resolved = session.store, session.resolved
     for key, _ in list(store.list("dense")):  # metadata of a planning that did not come to its end
         store.delete(key)
     grid, fused = forecast.grid, forecast.fused
@@ -94,20 +95,25 @@ def seal_volume(session: Session, volume: Volume, forecast: Forecast, inputs: li
         if slabs[0].array == "fused" and first_stage is None:
             first_stage = writer.num_units
         for slab in slabs:
-            item = slab.item(volume.ref, _raw_bytes(grid, slab, itemsize))
+            item = slab.item(volume.ref, raw_bytes(grid, slab, itemsize))
             writer.add(item_row(item), item_digest(item))
             num_items += 1
         writer.end_unit()
-    writer.seal(kind="volume", noun=job.noun, num_items=num_items, num_bytes=volume.ref.size, inputs=inputs, limits=limits,
-                grid=grid.as_dict(), arrays=arrays, numerics=resolved.numerics, described=resolved.described,
-                metadata_columns=[], unit_sizes={"windows": forecast.sizes.windows, "planes": forecast.sizes.planes},
+    writer.seal(num_items=num_items, num_bytes=volume.ref.size, inputs=inputs, arrays=arrays,
+                unit_sizes={"windows": forecast.sizes.windows, "planes": forecast.sizes.planes},
                 forecast={"windows": forecast.windows, "windows_once": forecast.windows_once,
                           "amplification": round(forecast.amplification, 4), "output_bytes": forecast.output_bytes},
-                **({} if first_stage is None else {"first_stage": first_stage}))
+                **volume_facts(resolved, grid, limits), **({} if first_stage is None else {"first_stage": first_stage}))
     return Plan(store)
 
 
-def _raw_bytes(grid: Any, slab: Any, itemsize: int) -> int:
+def volume_facts(resolved: Resolved, grid: VolumeGrid, limits: list[float]) -> dict[str, Any]:
+    """What the plan of every generation over a volume says to its runners."""
+    return {"kind": "volume", "noun": resolved.job.noun, "grid": grid.as_dict(), "limits": limits,
+            "numerics": resolved.numerics, "described": resolved.described, "metadata_columns": []}
+
+
+def raw_bytes(grid: VolumeGrid, slab: Slab, itemsize: int) -> int:
     """Raw bytes below a slab, without its halo: for the plan's totals."""
     pitch = grid.fused.pitch_nm if slab.array == "fused" else grid.plane(slab.array).pitch_nm
     voxels = 1.0
@@ -143,9 +149,11 @@ def _limits(session: Session, volume: Volume) -> list[float]:
 
 def check_inputs(store: Store, inputs: list[list[Any]]) -> None:
     """Raises ChangedRequest when the volume or the mask is not what the output was planned for."""
-    planned = generations(store)[0].plan.facts["inputs"]
-    for (uri, _, version), (old_uri, _, old_version) in zip(inputs, planned, strict=True):
-        if version != old_version:
+    parts = generations(store)
+    for number, (uri, _, version) in enumerate(inputs):
+        known = [part.plan.facts["inputs"][number] for part in parts]  # a retry takes the volume as it is then
+        old_uri = known[0][0]
+        if version not in [old_version for _, _, old_version in known]:
             raise ChangedRequest(f"{uri} has changed since this output was planned" + ("" if uri == old_uri else
                                  f" (from {old_uri})"), where=store.url,
                                  todo="restore it to resume, `dinoray retry OUT` if slabs of it were quarantined, or use "

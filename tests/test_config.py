@@ -15,6 +15,7 @@ from dinoray.config import (
     EXECUTION_FIELDS,
     ExtractCellsJob,
     ExtractImagesJob,
+    ExtractVolumeJob,
     build_job,
     canonical_json,
     channel_groups,
