@@ -208,3 +208,24 @@ def test_s3(bucket: str, out: Path) -> None:
     box = (slice(4, 7), slice(100.0, 300.0), slice(5, 9))
     assert np.array_equal(open_features(bucket)[box], open_features(out)[box])
     assert open_features(bucket).tokens("xz")[0].shape[0] == 3
+
+
+def test_the_documented_ways_to_read(tmp_path: Path) -> None:
+    """The code of docs/volumes-out.md, and what it places in napari (world = scale * index + translate)."""
+    grid = replace(GRID, shape=(80, 150, 203), translation_nm=(15.0, 4.0, 4.0))
+    put_volume(LocalStore(tmp_path), grid)
+    text = (Path(__file__).resolve().parents[2] / "docs/volumes-out.md").read_text()
+    blocks = [part.partition("```")[0].replace("OUT/", f"{tmp_path}/").replace('"OUT"', f'"{tmp_path}"')
+              for part in text.split("```python")[1:]]
+    assert [block.split()[1] for block in blocks] == ["dinoray", "zarr", "tensorstore", "napari"]
+    names: dict = {}
+    exec(blocks[0], names)
+    assert names["box"].shape == (3, 30, 10, 15) and names["tokens"].shape == (3, 4, 10, 13)
+    read = []
+    for block in blocks[1:3]:
+        exec(block, names)
+        read.append(names["values"])
+    assert np.array_equal(*read) and np.array_equal(read[0], names["tokens"])
+    index = np.moveaxis(np.indices(read[0].shape[1:]), 0, -1)
+    world = index * names["scale"]["scale"][1:] + names["move"]["translation"][1:]
+    assert np.abs(np.moveaxis(world, -1, 0) - read[0]).max() < 0.01
