@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -173,6 +174,12 @@ def test_what_is_no_volume(tmp_path: Path) -> None:
     with pytest.raises(BadRequest, match="no features of a volume"):
         VolumeFeatures(str(tmp_path))
     put_volume(LocalStore(tmp_path), GRID)
+    path = tmp_path / "dense/xy.zarr/0/zarr.json"
+    array = path.read_bytes()
+    path.write_text(json.dumps({**json.loads(array), "shape": [3, 18, 9, 14]}))
+    with pytest.raises(OutputDamaged, match="its grid says"):
+        open_features(tmp_path)[0:1]
+    path.write_bytes(array)
     path = tmp_path / "dense/xy.zarr/zarr.json"
     document = json.loads(path.read_bytes())
     for change in ({}, {"dinoray": {}}, {"dinoray": {"grid": {"shape": [1, 2, 3]}}},
@@ -182,9 +189,10 @@ def test_what_is_no_volume(tmp_path: Path) -> None:
             open_features(tmp_path)
 
 
-def test_threads_share_features(out: Path) -> None:
+def test_threads_and_pickles_share_features(out: Path) -> None:
     features = open_features(out)
-    whole = open_features(out)[...]
+    whole = features[...]
+    assert np.array_equal(pickle.loads(pickle.dumps(features))[3:5], whole[:, 3:5])
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda i: features[i % 18, :, 10:20], range(36)))
     assert all(np.array_equal(part, whole[:, i % 18, :, 10:20]) for i, part in enumerate(found))
