@@ -10,7 +10,8 @@ A voxel's value depends on the grid alone: any box that contains it gives the sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from math import prod
 
 import numpy as np
 
@@ -19,7 +20,9 @@ from dinoray.io.volume_grid import NORMAL, PlaneGrid, Shape, VolumeGrid
 Read = Callable[[int, int, int, int, int, int], np.ndarray]
 """(z0, z1, y0, y1, x0, x1) of an array's tokens -> [dim, z, y, x]."""
 SLAB_PLANES = 8
-"""Most target planes of one plane that are held beside the fused box."""
+"""Most target planes of one plane whose tokens are held beside the fused box."""
+BLOCK_BYTES = 2**20
+"""Bytes of features that are resampled at a time: what a core's cache holds."""
 
 
 def token_positions(start: int, stop: int, target_nm: float, pitch_nm: float) -> np.ndarray:
@@ -67,41 +70,70 @@ def plane_to_grid(read: Read, plane: PlaneGrid, start: Shape, stop: Shape) -> np
 
     Raises what `read` raises.
     """
-    grid = plane.grid
-    ranges, where = [(int(a), int(b)) for a, b in zip(start, stop, strict=True)], {}
-    for axis in plane.axes:
-        positions = token_positions(start[axis], stop[axis], grid.target_nm[axis], plane.pitch_nm[axis])
-        low, high, _ = neighbours(plane.shape[axis], positions, grid.edges)
-        ranges[axis], where[axis] = (int(low.min()), int(high.max()) + 1), positions
-    values = read(*(n for each in ranges for n in each))
-    for axis in plane.axes:
-        values = resample_axis(values, axis + 1, plane.shape[axis], where[axis], grid.edges, ranges[axis][0])
-    return values
+    box = _PlaneBox(plane, start, stop)
+    return box.resample(box.read(read))
 
 
 def fuse_box(readers: Mapping[str, Read], grid: VolumeGrid, start: Shape, stop: Shape) -> np.ndarray:
     """Mean over the planes of target voxels [start, stop) as [dim, z, y, x] float32; NaN where any plane is NaN.
 
-    `readers` has a reader for each of grid.planes. A running sum in the order xy, xz, yz: beside the box itself, at most
-    SLAB_PLANES target planes of one plane are in memory (with their tokens, and twice while they are resampled).
+    `readers` has a reader for each of grid.planes. A running sum in the order xy, xz, yz: beside the box itself, the tokens of
+    at most SLAB_PLANES target planes of one plane are in memory, and of them BLOCK_BYTES resampled.
     """
     planes = [grid.plane(name) for name in NORMAL if name in grid.planes]
     total = np.empty((grid.dim, *(b - a for a, b in zip(start, stop, strict=True))), np.float32)
     for plane in planes:
-        normal = plane.normal
-        depth = min(plane.array.chunks[normal], SLAB_PLANES)
-        first = start[normal]
-        while first < stop[normal]:
-            last = min(stop[normal], (first // depth + 1) * depth)  # at borders of chunks, so that each is decoded once
-            low = tuple(first if a == normal else n for a, n in enumerate(start))
-            high = tuple(last if a == normal else n for a, n in enumerate(stop))
-            slab = plane_to_grid(readers[plane.name], plane, low, high)
+        for low, high in _slabs(plane, start, stop):
+            box = _PlaneBox(plane, low, high)
+            tokens = box.read(readers[plane.name])
             inside = total[(slice(None), *(slice(a - o, b - o) for a, b, o in zip(low, high, start, strict=True)))]
-            if plane is planes[0]:
-                inside[...] = slab
-            else:
-                inside += slab
-            del slab  # or it would live beside the next one
-            first = last
+            channels = max(1, BLOCK_BYTES // (4 * prod(inside.shape[1:])))
+            for c in range(0, grid.dim, channels):
+                part, block = inside[c:c + channels], box.resample(tokens[c:c + channels])
+                if plane is planes[0]:
+                    part[...] = block
+                else:
+                    part += block
+            del tokens  # or they would live beside the next ones
     total /= np.float32(len(planes))
     return total
+
+
+def _slabs(plane: PlaneGrid, start: Shape, stop: Shape) -> Iterator[tuple[Shape, Shape]]:
+    """A box cut along the plane's normal, at borders of chunks where they are thin enough, so that each is decoded once."""
+    normal, chunk = plane.normal, plane.array.chunks[plane.normal]
+    depth = max(1, SLAB_PLANES // chunk) * min(chunk, SLAB_PLANES)
+    first = start[normal]
+    while first < stop[normal]:
+        last = min(stop[normal], (first // depth + 1) * depth)
+        yield _with(start, normal, first), _with(stop, normal, last)
+        first = last
+
+
+def _with(place: Shape, axis: int, value: int) -> Shape:
+    return tuple(value if a == axis else n for a, n in enumerate(place))  # type: ignore[return-value]
+
+
+class _PlaneBox:
+    """Target voxels [start, stop) as one plane sees them: which tokens they need, and where they lie among them."""
+
+    def __init__(self, plane: PlaneGrid, start: Shape, stop: Shape):
+        self.plane, grid = plane, plane.grid
+        self.ranges = [(int(a), int(b)) for a, b in zip(start, stop, strict=True)]
+        self.positions: dict[int, np.ndarray] = {}
+        for axis in plane.axes:
+            positions = token_positions(start[axis], stop[axis], grid.target_nm[axis], plane.pitch_nm[axis])
+            low, high, _ = neighbours(plane.shape[axis], positions, grid.edges)
+            self.ranges[axis], self.positions[axis] = (int(low.min()), int(high.max()) + 1), positions
+
+    def read(self, read: Read) -> np.ndarray:
+        """The tokens."""
+        return read(*(n for each in self.ranges for n in each))
+
+    def resample(self, tokens: np.ndarray) -> np.ndarray:
+        """Any of their channels at the target voxels. The last axis comes first: single elements are gathered along it,
+        rows along the other."""
+        for axis in reversed(self.plane.axes):
+            tokens = resample_axis(tokens, axis + 1, self.plane.shape[axis], self.positions[axis], self.plane.grid.edges,
+                                   self.ranges[axis][0])
+        return tokens

@@ -93,8 +93,12 @@ class VolumeFeatures:
         if name not in self._stored:
             raise BadRequest(f"there is no array {name!r} here", where=self.url, todo=f"one of {', '.join(self._stored)}")
         if name not in self._arrays:
-            spec = self.grid.fused if name == "fused" else self.grid.plane(name).array
-            self._arrays[name] = open_array(self._store, spec)
+            array = open_array(self._store, name)  # its shards may be those of another version of dinoray
+            expected = self.grid.target_shape if name == "fused" else self.grid.plane(name).shape
+            if (array.dim, array.shape) != (self.dim, expected):
+                raise OutputDamaged(f"the array has dim {array.dim} and shape {array.shape}, its grid says {self.dim} and "
+                                    f"{expected}", where=array.where, todo="put the files zarr.json back")
+            self._arrays[name] = array
         return self._arrays[name]
 
     def __getitem__(self, index: Any) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -173,6 +174,12 @@ def test_what_is_no_volume(tmp_path: Path) -> None:
     with pytest.raises(BadRequest, match="no features of a volume"):
         VolumeFeatures(str(tmp_path))
     put_volume(LocalStore(tmp_path), GRID)
+    path = tmp_path / "dense/xy.zarr/0/zarr.json"
+    array = path.read_bytes()
+    path.write_text(json.dumps({**json.loads(array), "shape": [3, 18, 9, 14]}))
+    with pytest.raises(OutputDamaged, match="its grid says"):
+        open_features(tmp_path)[0:1]
+    path.write_bytes(array)
     path = tmp_path / "dense/xy.zarr/zarr.json"
     document = json.loads(path.read_bytes())
     for change in ({}, {"dinoray": {}}, {"dinoray": {"grid": {"shape": [1, 2, 3]}}},
@@ -182,9 +189,10 @@ def test_what_is_no_volume(tmp_path: Path) -> None:
             open_features(tmp_path)
 
 
-def test_threads_share_features(out: Path) -> None:
+def test_threads_and_pickles_share_features(out: Path) -> None:
     features = open_features(out)
-    whole = open_features(out)[...]
+    whole = features[...]
+    assert np.array_equal(pickle.loads(pickle.dumps(features))[3:5], whole[:, 3:5])
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda i: features[i % 18, :, 10:20], range(36)))
     assert all(np.array_equal(part, whole[:, i % 18, :, 10:20]) for i, part in enumerate(found))
@@ -208,3 +216,24 @@ def test_s3(bucket: str, out: Path) -> None:
     box = (slice(4, 7), slice(100.0, 300.0), slice(5, 9))
     assert np.array_equal(open_features(bucket)[box], open_features(out)[box])
     assert open_features(bucket).tokens("xz")[0].shape[0] == 3
+
+
+def test_the_documented_ways_to_read(tmp_path: Path) -> None:
+    """The code of docs/volumes-out.md, and what it places in napari (world = scale * index + translate)."""
+    grid = replace(GRID, shape=(80, 150, 203), translation_nm=(15.0, 4.0, 4.0))
+    put_volume(LocalStore(tmp_path), grid)
+    text = (Path(__file__).resolve().parents[2] / "docs/volumes-out.md").read_text()
+    blocks = [part.partition("```")[0].replace("OUT/", f"{tmp_path}/").replace('"OUT"', f'"{tmp_path}"')
+              for part in text.split("```python")[1:]]
+    assert [block.split()[1] for block in blocks] == ["dinoray", "zarr", "tensorstore", "napari"]
+    names: dict = {}
+    exec(blocks[0], names)
+    assert names["box"].shape == (3, 30, 10, 15) and names["tokens"].shape == (3, 4, 10, 13)
+    read = []
+    for block in blocks[1:3]:
+        exec(block, names)
+        read.append(names["values"])
+    assert np.array_equal(*read) and np.array_equal(read[0], names["tokens"])
+    index = np.moveaxis(np.indices(read[0].shape[1:]), 0, -1)
+    world = index * names["scale"]["scale"][1:] + names["move"]["translation"][1:]
+    assert np.abs(np.moveaxis(world, -1, 0) - read[0]).max() < 0.01
