@@ -232,12 +232,22 @@ class PlaneGrid:
         return tuple(parts(e, p) for e, p in zip(self.grid.extent_nm, self.pitch_nm, strict=True))  # type: ignore[return-value]
 
     def lattice(self, axis: int) -> Lattice:
-        """The windows along one of `axes`."""
+        """The windows along one of `axes`: as many as `window_px` asks for, and none larger than the side needs.
+
+        Windows of the full size would often lie in the padding for half of their length (two of 512 px for a side of
+        512); so the side is shared out evenly among them.
+        """
         patch, tokens = self.grid.patch, self.shape[axis]
         halo = self.grid.halo_px // patch
-        window = min(self.grid.window_px // patch, tokens + 2 * halo)
-        stride = window - 2 * halo
-        return Lattice(tokens, window, halo, stride // 2 if tokens > SHIFT_AFTER * stride else 0)
+        largest = self.grid.window_px // patch - 2 * halo
+        if tokens <= largest:
+            return Lattice(tokens, tokens + 2 * halo, halo, 0)
+        shifted = tokens > SHIFT_AFTER * largest
+        count = -(-(tokens + largest // 2 if shifted else tokens) // largest)
+        needed = -(-2 * tokens // (2 * count - 1)) if shifted else -(-tokens // count)
+        divisor = 8 if needed > SHARD_TOKENS else 2  # a stride without divisors makes shards and chunks as wide as it is
+        stride = min(largest, max(-(-needed // divisor) * divisor, 2 * halo))
+        return Lattice(tokens, stride + 2 * halo, halo, stride // 2 if shifted else 0)
 
     @property
     def planes_per_shard(self) -> int:

@@ -110,7 +110,22 @@ def test_the_usual_model_gets_the_usual_sizes() -> None:
     assert (spec.shards, spec.chunks) == ((28, 8, 28), (14, 4, 14))
     assert (grid.fused.shards, grid.fused.chunks) == ((32,) * 3, (8,) * 3)
     assert replace(grid, dim=4096, micro_batch=32).plane("xy").array.shards == (32, 14, 14)
-    assert replace(grid, window_px=78 * 16).plane("xy").array.shards == (8, 37, 37), "2 * 37 tokens are no single shard"
+    wide = replace(grid, window_px=78 * 16, shape=(629 * 16,) * 3)
+    assert wide.plane("xy").array.shards == (8, 37, 37), "2 * 37 tokens are no single shard"
+
+
+def test_windows_share_a_side_evenly_and_are_none_larger_than_asked_for() -> None:
+    """Two windows of 512 px for a side of 512 would lie in the padding for half of their length."""
+    def sides(n: int, **fields: int) -> list[tuple[int, int]]:
+        lattice = replace(GRID, shape=(n,) * 3, voxel_nm=(8.0,) * 3, **fields).plane("xy").lattice(1)
+        return lattice.count, 16 * lattice.window, 16 * lattice.offset
+
+    assert sides(300) == (1, 19 * 16 + 64, 0), "one window: the side and both halos"
+    assert sides(448) == (1, 512, 0)
+    assert sides(512) == (2, 320, 0)
+    assert sides(1000) == (3, 416, 0)
+    assert sides(250, window_px=128) == (4, 128, 0)
+    assert sides(8960) == (21, 512, 224), "a long side begins half a stride before the origin"
 
 
 @settings(deadline=None, max_examples=150)
