@@ -67,8 +67,9 @@ def make_grid(job: ExtractVolumeJob, volume: Volume, *, patch: int, dim: int, to
     voxel = volume.voxel_size_nm
     for name in ("window_px", "halo_px"):
         if getattr(job, name) % patch:
-            raise BadRequest(f"{name}={getattr(job, name)} is not a multiple of the patch size {patch}",
-                             where="--" + name.replace("_", "-"))
+            value = getattr(job, name)
+            raise BadRequest(f"{name}={value} is not a multiple of the patch size {patch}", where="--" + name.replace("_", "-"),
+                             todo=f"use {max(patch, value // patch * patch)} or {(value // patch + 1) * patch}")
     target = _target(job, voxel)
     planes = _planes(job, voxel, say)
     batch = 1

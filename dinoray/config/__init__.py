@@ -1,0 +1,15 @@
+"""Job models: what a user asks for, validated before anything runs.
+
+Every field has its docstring; units stand in the names. A field changes results unless it is listed in
+`EXECUTION_FIELDS`: the job fingerprint hashes all the others, so a new field is safe by default.
+"""
+
+from dinoray.config.base import EXECUTION_FIELDS, FeatureJob
+from dinoray.config.building import build_job, canonical_json, read_job_file, recorded_job, recorded_model
+from dinoray.config.images import ExtractCellsJob, ExtractImagesJob, ExtractJob, channel_groups
+from dinoray.config.secrets import secret_in_url, without_secrets
+from dinoray.config.volumes import ExtractVolumeJob
+
+__all__ = ["EXECUTION_FIELDS", "ExtractCellsJob", "ExtractImagesJob", "ExtractJob", "ExtractVolumeJob", "FeatureJob", "build_job",
+           "canonical_json", "channel_groups", "read_job_file", "recorded_job", "recorded_model",
+           "secret_in_url", "without_secrets"]

@@ -1,0 +1,70 @@
+"""Values from a command line, a YAML file or a record -> a validated job."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from dinoray.config.base import FeatureJob
+from dinoray.config.images import ExtractCellsJob, ExtractImagesJob
+from dinoray.config.volumes import ExtractVolumeJob
+from dinoray.errors import BadRequest
+
+Job = TypeVar("Job", bound=BaseModel)
+
+
+def recorded_model(values: dict[str, Any]) -> type[FeatureJob]:
+    """The kind of job whose `model_dump` these values are: only volumes have a `voxel_size`, only cells a `crop_um`."""
+    return ExtractVolumeJob if "voxel_size" in values else ExtractCellsJob if "crop_um" in values else ExtractImagesJob
+
+
+def recorded_job(values: dict[str, Any]) -> FeatureJob:
+    """The job whose `model_dump` these values are (job.json, RunnerSpec)."""
+    return recorded_model(values)(**values)
+
+
+def _plain(error: Any) -> str:
+    """What pydantic found, in plain words."""
+    if error["type"] == "missing":
+        return "is needed and was not given"
+    return str(error["msg"]).removeprefix("Value error, ")
+
+
+def build_job(model: type[Job], values: dict[str, Any]) -> Job:
+    """Validate a job; every problem is listed with its field. Raises BadRequest."""
+    try:
+        return model.model_validate(values)  # not model(**values): YAML keys may be no text
+    except ValidationError as error:
+        lines = [f"{'.'.join(str(p) for p in e['loc']) or 'job'}: {_plain(e)}" for e in error.errors()]
+        raise BadRequest("the job is not valid:\n  " + "\n  ".join(lines),
+                         todo=f"fields: {', '.join(model.model_fields)}") from error
+
+
+def read_job_file(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """A job's YAML (safe loader) with `key=value` overrides, values read as YAML. Raises BadRequest."""
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no UTF-8, dates such as 2024-13-45
+        raise BadRequest(f"cannot read the job file: {error}", where=str(path),
+                         todo="give the path of a YAML file of `field: value` lines") from error
+    if not isinstance(values, dict):
+        raise BadRequest("a job file is a mapping of field: value", where=str(path),
+                         todo=f"fields: {', '.join(ExtractImagesJob.model_fields)}")
+    for override in overrides or []:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise BadRequest(f"not an override: {override!r}", todo="write key=value")
+        try:
+            values[key.strip()] = yaml.safe_load(text)
+        except (ValueError, yaml.YAMLError) as error:
+            raise BadRequest(f"not an override: {override!r}: {error}") from error
+    return values
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces: the text that is hashed."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

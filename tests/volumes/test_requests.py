@@ -1,0 +1,107 @@
+"""What is refused before any work starts, with exit code 2, a message that says what to do, and no trace in the output."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from dinoray.config import ExtractVolumeJob, build_job
+from dinoray.errors import BadRequest, ChangedRequest
+from dinoray.io.volume_grid import VolumeGrid
+from dinoray.slabs import choose_sizes, windows_in_all, windows_once
+from dinoray.volume_extraction import extract_volume
+from tests.runs import complete, use_tiny_backbone
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    array = zarr.create_array(str(tmp_path / "em.zarr"), shape=(64, 96, 130), chunks=(32, 48, 40), dtype="uint8")
+    array[:] = np.random.default_rng(0).integers(0, 255, array.shape, dtype=np.uint8)
+    return tmp_path / "em.zarr"
+
+
+def job(source: Path | str, out: Path, **fields: object) -> ExtractVolumeJob:
+    return build_job(ExtractVolumeJob, {"sources": str(source), "out": str(out), "model": "vitt16", "weights": "random:0",
+                                        "no_ray": True, "raw_voxel_size": 8, "window_px": 64, "halo_px": 16, **fields})
+
+
+def refused(source: Path, out: Path, **fields: object) -> BadRequest:
+    with pytest.raises(BadRequest) as caught:
+        extract_volume(job(source, out, **fields), say=lambda line: None)
+    assert not out.exists() and caught.value.todo
+    return caught.value
+
+
+@pytest.mark.parametrize(("fields", "words"), [
+    ({"max_output_bytes": 1000}, ["bytes before compression", "--max-output-bytes"]),
+    ({"memory_bytes": 1000}, ["bytes of memory", "--memory-bytes", "--unit-windows"]),
+    ({"window_px": 72}, ["not a multiple of the patch size", "--window-px"]),
+    ({"halo_px": 8}, ["not a multiple of the patch size", "--halo-px"]),
+    ({"voxel_size": 4}, ["finer than the raw one", "--voxel-size"]),
+    ({"scaling": "slice"}, ["each slice in one window", "--scaling"]),
+    ({"layer": 99}, ["layer 99", "--layer"]),
+    ({"crop": "0:10,0:10,0:1000"}, ["crop"]),
+    ({"raw_voxel_size": None}, ["--raw-voxel-size"]),
+])
+def test_what_cannot_be_done_is_refused_before_it_begins(source: Path, tmp_path: Path, fields: dict, words: list[str],
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    use_tiny_backbone(monkeypatch)
+    error = str(refused(source, tmp_path / "out", **fields))
+    assert all(word in error for word in words), error
+
+
+@pytest.mark.parametrize(("fields", "words"), [
+    ({"planes": "xy,zz"}, "planes"), ({"raw_voxel_size": "8,8"}, "raw_voxel_size"), ({"voxel_size": -1}, "voxel_size"),
+    ({"crop": "1:2"}, "crop"), ({"window_px": 64, "halo_px": 32}, "halo_px"), ({"sources": ["a", "b"]}, "sources"),
+    ({"slice_sampling": "cubic"}, "slice_sampling"), ({"foreground": "s3://k:secret@bucket/mask.zarr"}, "password"),
+])
+def test_what_makes_no_sense_is_refused_by_the_job(tmp_path: Path, fields: dict, words: str) -> None:
+    with pytest.raises(BadRequest, match=words) as caught:
+        job("em.zarr", tmp_path / "out", **fields)
+    assert "secret@" not in str(caught.value)
+
+
+def test_values_may_be_written_in_several_ways(tmp_path: Path) -> None:
+    one = job("em.zarr", tmp_path, voxel_size="64", planes=["xz", "xy"], channel=1, crop="0:4, 0:5, 1:6", foreground=12)
+    assert one.voxel_size == (64.0,) and one.plane_names() == ("xy", "xz") and one.channel == "1"
+    assert one.crop_box() == ((0, 4), (0, 5), (1, 6)) and one.foreground == "12" and one.mask_source() is None
+    assert job("em.zarr", tmp_path, voxel_size="40,4,4").voxel_size == (40.0, 4.0, 4.0)
+    assert job("em.zarr", tmp_path, foreground="mask.zarr").mask_source() == "mask.zarr"
+    assert job("em.zarr", tmp_path, foreground="-1.5e3").mask_source() is None
+
+
+def test_other_settings_are_refused_and_another_cut_into_units_is_not(source: Path, tmp_path: Path,
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    use_tiny_backbone(monkeypatch)
+    extract_volume(job(source, tmp_path / "out"), say=lambda line: None)
+    with pytest.raises(ChangedRequest, match="halo_px: 16 -> 0"):
+        extract_volume(job(source, tmp_path / "out", halo_px=0), say=lambda line: None)
+    same = extract_volume(job(source, tmp_path / "out", unit_windows=1, memory_bytes=3 * 10**9), say=lambda line: None)
+    assert same.executed_units == 0
+
+
+def test_the_command_line(source: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dinoray.cli", "extract", "volume", str(source), "--out", str(tmp_path / "out"), "--model",
+               "vitt16", "--weights", "random", "--window-px", "64", "--halo-px", "16", "--no-ray"]
+    assert "--raw-voxel-size" in complete(command, code=2)
+    printed = complete([*command, "--raw-voxel-size", "8", "--crop", "0:32,0:48,0:64"])
+    assert "32x48x64 voxels of 8 nm" in printed and "target voxel 32 nm" in printed and "complete:" in printed
+    assert "resume with: dinoray extract volume" in printed
+    resume = printed.split("same command again: ")[1].splitlines()[0].replace("dinoray ", "", 1)
+    assert "done before" in complete([sys.executable, "-m", "dinoray.cli", *shlex.split(resume)])
+
+
+@pytest.mark.parametrize("shape", [(512,) * 3, (2300,) * 3, (700, 4000, 9000), (10_000,) * 3, (60, 20_000, 20_000)])
+@pytest.mark.parametrize("window", [(512, 32), (128, 32), (256, 0)])
+def test_units_compute_at_most_half_again(shape: tuple[int, int, int], window: tuple[int, int]) -> None:
+    grid = VolumeGrid(shape, (16.0,) * 3, (0.0,) * 3, (64.0,) * 3, 16, ("xy", "xz", "yz"), *window, 8, 384, "float16")
+    sizes = choose_sizes(grid, None, None)
+    assert 1 <= windows_in_all(grid, sizes) / windows_once(grid) <= 1.5
+    for name in grid.planes:  # units are whole windows and whole shards
+        plane = grid.plane(name)
+        assert sizes.depth(plane) % plane.array.shards[plane.normal] == 0 or plane.shape[plane.normal] < plane.planes_per_shard
