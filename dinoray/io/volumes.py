@@ -19,12 +19,15 @@ from dinoray.errors import BadRequest
 from dinoray.io import volume_kinds
 from dinoray.io.items import FileRef
 from dinoray.io.volume_grid import Shape, Triple
+from dinoray.io.volume_levels import show
 from dinoray.io.volume_source import Source, VolumeRequest
 
 __all__ = ["Volume", "VolumeRequest", "open_volume"]
 
 THREADS = 8
 """Chunks that are fetched and decoded at once, over all calls of a Volume."""
+SMALLEST_NM, LARGEST_NM = 1e-3, 1e9
+"""Voxel sizes that are believed: a picometre to a metre."""
 Index = slice | np.ndarray
 
 
@@ -59,6 +62,11 @@ class Volume:
             source.close()
             raise BadRequest(f"a crop of {', '.join(f'{a}:{b}' for a, b in crop)} (z, y, x) of a volume of "
                              f"{' x '.join(map(str, about.shape))} voxels", where="crop", todo="choose a box inside the volume")
+        if any(not SMALLEST_NM <= s <= LARGEST_NM for s in about.voxel_size_nm) or any(
+                not abs(t) <= LARGEST_NM**2 for t in about.translation_nm):
+            source.close()
+            raise BadRequest(f"voxels of {show(about.voxel_size_nm)} at {', '.join(f'{t:g}' for t in about.translation_nm)} nm",
+                             where=about.ref.uri, todo="mend the scale, translation and units in the metadata")
         self._start = tuple(start for start, _ in crop)
         self.shape: Shape = tuple(stop - start for start, stop in crop)  # type: ignore[assignment]
         self.dtype: np.dtype = about.dtype.newbyteorder("=")

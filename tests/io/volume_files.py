@@ -10,6 +10,8 @@ import h5py
 import numpy as np
 import tensorstore
 import zarr
+from ome_zarr_models.v04.image import ImageAttrs
+from ome_zarr_models.v05 import Image
 
 from tests.omezarr import write_group
 
@@ -47,15 +49,28 @@ def ome_attributes(axes: str, levels: dict[str, list[dict[str, Any]]], *, unit: 
     return found
 
 
-def write_ome(folder: Path, arrays: dict[str, np.ndarray], attributes: dict[str, Any], version: str = "0.4", **options: Any) -> Path:
+def write_ome(folder: Path, arrays: dict[str, np.ndarray], attributes: dict[str, Any], version: str = "0.4",
+              **options: Any) -> Path:
     """A group with OME attributes and its levels; `options` go to zarr.create_array."""
     write_group(folder, attributes, version)
+    names = [axis["name"] for axis in attributes["multiscales"][0]["axes"]]
     for path, data in arrays.items():
-        write_array(folder / path, data, 2 if version == "0.4" else 3, **options)
+        more = {} if version == "0.4" else {"dimension_names": names}
+        write_array(folder / path, data, 2 if version == "0.4" else 3, **{**more, **options})
     return folder
 
 
-def write_array(folder: Path, data: np.ndarray, version: int, attributes: dict[str, Any] | None = None, **options: Any) -> Path:
+def validate_ome(folder: Path, version: str) -> None:
+    """What an independent reader of the standard says of a group: raises unless it is an OME-Zarr image."""
+    group = zarr.open_group(str(folder), mode="r")
+    if version == "0.4":
+        ImageAttrs.model_validate(dict(group.attrs))
+    else:
+        Image.from_zarr(group)
+
+
+def write_array(folder: Path, data: np.ndarray, version: int, attributes: dict[str, Any] | None = None,
+                **options: Any) -> Path:
     """A plain array of Zarr v2 (keys with "/") or v3."""
     keys = {"chunk_key_encoding": {"name": "v2", "separator": "/"}} if version == 2 else {}
     chunks = options.pop("chunks", tuple(min(16, n) for n in data.shape))
@@ -72,8 +87,8 @@ def write_n5(folder: Path, data_zyx: np.ndarray, attributes: dict[str, Any] | No
     if compression == "blosc":
         packed |= {"cname": "lz4", "clevel": 5, "shuffle": 1}
     array = tensorstore.open({"driver": "n5", "kvstore": {"driver": "file", "path": str(folder)}, "metadata": {
-        "dataType": data_zyx.dtype.name, "dimensions": data_zyx.shape[::-1], "blockSize": block_xyz, "compression": packed}},
-        create=True).result()
+        "dataType": data_zyx.dtype.name, "dimensions": data_zyx.shape[::-1], "blockSize": block_xyz,
+        "compression": packed}}, create=True).result()
     array.write(data_zyx.T).result()
     return add_n5(folder, attributes or {})
 
