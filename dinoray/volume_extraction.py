@@ -23,6 +23,7 @@ from dinoray.io.volumes import Volume
 from dinoray.memory.meter import available_cores
 from dinoray.request import absolute, check_request, record_request, resume_command
 from dinoray.resolve import Resolved, resolve
+from dinoray.runners.statistics import distinct_values
 from dinoray.runners.volume_statistics import sample_blocks
 from dinoray.sealing import run_statistics
 from dinoray.session import Outcome, Session, open_session
@@ -33,6 +34,8 @@ from dinoray.volume_inputs import check_mask, open_mask, open_source
 from dinoray.volume_planning import Forecast, make_forecast, make_grid
 
 STATS_UNIT_BYTES = 2**26
+FEW_VALUES = 128
+"""So few different values in a sample of 16-bit voxels are noticed: intensities have more."""
 
 
 def extract_volume(job: ExtractVolumeJob, say: Callable[[str], None] = print, *, command: str = "",
@@ -140,6 +143,11 @@ def _limits(session: Session, volume: Volume) -> list[float]:
                          where=volume.ref.uri, todo="see _dinoray/stats/receipts for the reasons; is the volume whole, and free "
                          "of NaN? --scaling dtype needs no sample")
     row = table.to_pylist()[0]
+    if volume.dtype.kind in "iu" and volume.dtype.itemsize > 1 and row["num_values"] > FEW_VALUES * 100:
+        distinct = distinct_values(session.store, "_dinoray/stats")
+        if distinct <= FEW_VALUES:
+            session.say(f"only {distinct} different values among {row['num_values']:,} sampled voxels of type {volume.dtype}: are "
+                        "these labels? Features of a label image mean nothing")
     if row["high"] <= row["low"]:
         raise BadRequest(f"the sampled blocks hold one value only ({row['low']:g}, percentiles {job.scaling_low_percent:g} and "
                          f"{job.scaling_high_percent:g})", where=volume.ref.uri,

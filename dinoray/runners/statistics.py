@@ -142,6 +142,15 @@ def scaling_table(store: Store, receipts: Iterable[Receipt], percents: tuple[flo
     return pa.Table.from_pylist(rows, schema=SCALING_SCHEMA)
 
 
+def distinct_values(store: Store, prefix: str) -> int:
+    """How many different raw values the statistics units of one group and channel saw."""
+    ledger, values = Ledger(store, prefix), set()
+    for receipt in ledger.receipts(Plan(store, prefix).unit_ids):
+        for stored in receipt.objects:
+            values.update(pq.read_table(io.BytesIO(store.get(stored.key)), columns=["value"])["value"].unique().to_pylist())
+    return len(values)
+
+
 def _by_key(table: pa.Table) -> Iterator[tuple[tuple[str, str], Histogram]]:
     """The runs of equal (group, channel) of a part, in its order."""
     groups = table["group"].combine_chunks().dictionary_encode()
