@@ -21,6 +21,7 @@ from dinoray.generations import REQUEST, Generation, begin, generations, next_pr
 from dinoray.inputs import list_inputs
 from dinoray.io.items import Item
 from dinoray.io.stores import is_local, local_path, open_store
+from dinoray.io.volume_arrays import check_arrays
 from dinoray.planning import id_hash, spool_items
 from dinoray.request import absolute, differences, read_identity, read_request
 from dinoray.resolve import Resolved, resolve
@@ -50,6 +51,8 @@ def retry(out: str, *, reasons: Iterable[str] = (), say: Callable[[str], None] =
     say(f"dinoray {resolved.fingerprint}  {resolved.description}  output {job.out}  resume with: {command}")
     with open_session(store, resolved, command, say, leave=leave) as session:
         parts = generations(store)
+        if "arrays" in parts[0].plan.facts:
+            check_arrays(store, parts[0].plan.facts["arrays"])
         open_parts = [part for part in parts if part.kind == "retry" and part.plan.pending(part.ledger.done())]
         if open_parts:
             say(f"an earlier retry is finished first ({sum(p.plan.num_items for p in open_parts)} items)")

@@ -145,7 +145,7 @@ class VolumeFeatureRunner(UnitRunner):
                     seconds["prepare"] += value.prepare_s
                     tokens = self._tokens(value, seconds)
                 else:
-                    tokens = _cast(value, np.isnan(value).any(axis=0), self.job.dense_dtype)
+                    tokens = _cast(value, np.isnan(value).any(axis=0)[None], self.job.dense_dtype)
             except ItemError as error:
                 bad[position] = error
                 continue
@@ -205,7 +205,7 @@ class VolumeFeatureRunner(UnitRunner):
         finally:
             for *_, future in running:
                 future.cancel()
-        return found.finished(lambda tokens, missing: _cast(tokens, missing, self.job.dense_dtype))
+        return found.finished(lambda tokens, missing: _cast(tokens, missing[..., None], self.job.dense_dtype))
 
     def _crops(self, slab: PreparedSlab, window: Any, first: int) -> list[Crop]:
         """The window on `micro_batch` target planes; behind the volume's last plane that one again."""
@@ -249,12 +249,11 @@ class VolumeFeatureRunner(UnitRunner):
 
 
 def _cast(tokens: np.ndarray, missing: np.ndarray, dtype: str) -> np.ndarray:
-    """Features in the stored dtype, checked; NaN where `missing` (of the shape without the feature axis, first or last).
+    """Features in the stored dtype, checked; NaN where `missing` (bool, 1 long on the axis of features).
 
     Raises ItemError `nonfinite`, `overflow`.
     """
     if missing.any():
-        unknown = missing[..., None] if missing.shape == tokens.shape[:-1] else missing[None]
-        cast = as_vector_dtype(np.where(unknown, np.float32(0), tokens), dtype)
-        return np.where(unknown, np.array(np.nan, cast.dtype), cast)
+        cast = as_vector_dtype(np.where(missing, np.float32(0), tokens), dtype)
+        return np.where(missing, np.array(np.nan, cast.dtype), cast)
     return as_vector_dtype(tokens, dtype)
