@@ -95,6 +95,10 @@ FORMATS = {
     "zarr-3": (plain_zarr(3), "float32"), "zarr-3-blosc": (plain_zarr(3, compressors=BLOSC), "uint16"),
     "zarr-3-big": (plain_zarr(3, serializer=zarr.codecs.BytesCodec(endian="big")), "uint16"),
     "zarr-3-raw": (plain_zarr(3, compressors=None, chunks=(5, 37, 41)), "float64"),
+    "zarr-3-shard-crc": (plain_zarr(3, chunks=(8, 8, 8), shards=(16, 16, 16), filters=[zarr.codecs.TransposeCodec(order=(2, 0, 1))],
+                                    compressors=[zarr.codecs.GzipCodec(), zarr.codecs.Crc32cCodec()]), "uint16"),
+    "zarr-3-index-first": (plain_zarr(3, chunks=(16, 16, 16), compressors=None, filters=None, serializer=zarr.codecs.ShardingCodec(
+        chunk_shape=(8, 8, 8), index_location="start")), "uint16"),
     "n5-gzip": (n5("gzip"), "uint16"), "n5-raw": (n5("raw"), "float32"), "n5-bzip2": (n5("bzip2"), "uint8"),
     "n5-xz": (n5("xz"), "int16"), "n5-blosc": (n5("blosc"), "uint16"), "n5-zstd": (n5("zstd"), "uint8"),
     "hdf5": (hdf5(), "uint8"), "hdf5-chunks": (hdf5(chunks=(8, 8, 8), compression="gzip", shuffle=True, fletcher32=True), "uint16"),
