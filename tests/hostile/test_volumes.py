@@ -82,7 +82,8 @@ def n5_parts(compression: str) -> tuple[dict[str, Any], bytes]:
 N5 = [n5_parts(c) for c in ("gzip", "raw", "xz", "bzip2", "blosc", "zstd")]
 N5_MORE = {"pixelResolution": {"unit": "um", "dimensions": [1, 2, 3]}, "downsamplingFactors": [[1, 1, 1], [2, 2, 2]],
            "scales": [[1, 1, 1]], "resolution": [1, 2, 3], "units": ["nm", "nm", "nm"], "offset": [0, 0, 1],
-           "axes": ["x", "y", "z"], "transform": {"axes": ["z", "y", "x"], "scale": [1, 2, 3], "translate": [0, 0, 0], "units": ["nm", "nm", "nm"]},
+           "axes": ["x", "y", "z"],
+           "transform": {"axes": ["z", "y", "x"], "scale": [1, 2, 3], "translate": [0, 0, 0], "units": ["nm", "nm", "nm"]},
            "multiscales": [{"datasets": [{"path": "s0", "transform": {"scale": [1, 2, 3]}}]}], "painteraData": {"type": "raw"}}
 
 
