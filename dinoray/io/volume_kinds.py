@@ -10,7 +10,7 @@ from dinoray.io.volume_source import Source, VolumeRequest, opening
 from dinoray.io.walk import RemoteTree, has_magic
 from dinoray.io.zarr_objects import read_document
 
-_HDF5 = (".h5", ".hdf5", ".hdf", ".he5", ".hdf5", ".nwb")
+_HDF5 = (".h5", ".hdf5", ".hdf", ".he5", ".nwb")
 _TIFF = (".tif", ".tiff", ".btf", ".tf8")
 
 
@@ -18,6 +18,9 @@ def open_source(request: VolumeRequest) -> Source:
     """The reader of a request's volume, opened. Raises BadRequest, TransientError, SystemicError."""
     uri = request.uri.rstrip("/") or request.uri
     uri = str(local_path(uri)) if is_local(uri) else uri
+    if uri.startswith(("http://", "https://")) and not uri.lower().endswith(_TIFF + _HDF5):
+        raise BadRequest("folders over http(s) cannot be listed", where=uri,
+                         todo="use the s3:// address of the same data, or a copy")
     with opening(uri):
         what = _what(uri)
         if what == "file":

@@ -68,7 +68,7 @@ def _copied(ref: FileRef) -> BinaryIO:
     try:
         for begin in range(0, ref.size, _COPY_BYTES):
             file.write(read_part(ref, begin, min(ref.size, begin + _COPY_BYTES)))
-        file.flush()
+        file.seek(0)
     except BaseException:
         file.close()
         raise
@@ -86,7 +86,7 @@ class _Axes:
 
 def _open(uri: str, ref: FileRef, request: VolumeRequest, file: BinaryIO, data: mmap.mmap) -> TiffSource:
     num_pages = count_pages(data, uri, LIMITS)
-    tif = tifffile.TiffFile(file, _multifile=False)
+    tif = tifffile.TiffFile(file, name=uri.rpartition("/")[2], _multifile=False)
     tif.filehandle.set_lock(True)
     tif.pages.cache = True
     pages = [tif.pages[i] for i in range(num_pages)]
@@ -104,8 +104,10 @@ def _open(uri: str, ref: FileRef, request: VolumeRequest, file: BinaryIO, data: 
     chunks = (1, *shape[1:])
     check_piece((page.samplesperpixel, *chunks), page.dtype, uri)
     level, notes = _size(tif, layout, page, num_pages, request, uri)
-    about = About(shape, page.dtype.newbyteorder("="), chunks, level.voxel_size_nm, level.translation_nm, ref,
-                  (*notes, *([axes.note] if axes.note else [])), level.name)
+    notes += (axes.note,) if axes.note else ()
+    if not is_local(uri):
+        notes += (f"the stack of {ref.size:,} bytes is copied to a temporary file by every process that reads it",)
+    about = About(shape, page.dtype.newbyteorder("="), chunks, level.voxel_size_nm, level.translation_nm, ref, notes, level.name)
     return TiffSource(about, uri, file, data, [pages[i] for i in layout.pages], layout, axes)
 
 

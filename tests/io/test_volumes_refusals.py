@@ -187,6 +187,7 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     for name in ("no.zarr", "no.tif", "no.h5", "no/such/folder", "*.png", "empty", "empty.zarr", "notes.txt"):
         refusal(tmp_path / name, raw_voxel_nm=1)
     path = ome(tmp_path)
+    assert "s3://" in refusal("https://example.org/a.zarr")
     assert "--dataset; there are: s0" in refusal(path, dataset="s7")
     for dataset in ("../b.zarr", "/", "a//b", ".."):
         refusal(path, dataset=dataset)
