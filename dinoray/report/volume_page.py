@@ -90,7 +90,7 @@ def draw_views(run: Run, job: ExtractVolumeJob) -> Views:
     """The three planes through the middle, or through where features are. Raises as `render_volume`."""
     volume: VolumeTotals = run.volume  # type: ignore[assignment]
     grid, facts = volume.grid, run.plan.facts
-    readers = {name: open_array(run.store, grid.plane(name).array) for name in grid.planes}
+    readers = {name: open_array(run.store, name) for name in grid.planes}
     sample = sample_tokens(readers, grid, volume.arrays)
     if sample.basis is None:
         return Views()
@@ -210,7 +210,7 @@ def _forecast(run: Run, volume: VolumeTotals) -> list[tuple[str, str, str, str]]
 
 
 def _coordinates(run: Run, grid: VolumeGrid) -> list[dict[str, str]]:
-    """Where napari places the raw volume and each array."""
+    """Where the raw volume and each array lie."""
     def row(name: str, shape: Any, pitch: Any, translation: Any) -> dict[str, str]:
         return {"name": name, "shape": " × ".join(map(str, shape)), "scale": ", ".join(f"{p:.10g}" for p in pitch),
                 "translation": ", ".join(f"{t:.10g}" for t in translation)}

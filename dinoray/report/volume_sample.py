@@ -21,7 +21,7 @@ from dinoray.report.volume_totals import ArrayTotals
 MOST_CHUNKS = 48
 """Chunks of a plane that are read."""
 CELLS = 24
-"""Cells along each axis that places are compared in."""
+"""Cells along each axis that places are compared in, at most."""
 
 
 @dataclass
@@ -32,22 +32,25 @@ class TokenSample:
     basis: Basis | None = None
     centres: dict[str, np.ndarray] = field(default_factory=dict)
 
-    def common_centre(self, extent_nm: tuple[float, float, float]) -> np.ndarray | None:
+    def common_centre(self, grid: VolumeGrid) -> np.ndarray | None:
         """A place [3] in nm with values in all the planes that have any, in the middle of such places; None without tokens."""
         if not self.centres:
             return None
-        size = np.array(extent_nm)
-        cells = {plane: np.minimum(at * CELLS // size, CELLS - 1).astype(np.int64) for plane, at in self.centres.items()}
-        numbers = {plane: np.unique(np.ravel_multi_index(tuple(c.T), (CELLS,) * 3)) for plane, c in cells.items()}
+        size = np.array(grid.extent_nm)
+        # a cell is no smaller than a token, so that it holds the centre of one of each plane
+        coarsest = np.max([grid.plane(plane).pitch_nm for plane in grid.planes], axis=0)
+        counts = np.clip(size // coarsest, 1, CELLS).astype(np.int64)
+        cells = {plane: np.minimum(at * counts // size, counts - 1).astype(np.int64) for plane, at in self.centres.items()}
+        numbers = {plane: np.unique(np.ravel_multi_index(tuple(c.T), tuple(counts))) for plane, c in cells.items()}
         common = next(iter(numbers.values()))
         for other in numbers.values():
             common = np.intersect1d(common, other)
         if not len(common):  # of a large volume the sampled chunks of two planes need not meet
             common = max(numbers.values(), key=len)
-        places = np.stack(np.unravel_index(common, (CELLS,) * 3), axis=1)
+        places = np.stack(np.unravel_index(common, tuple(counts)), axis=1)
         chosen = common[np.abs(places - places.mean(axis=0)).sum(axis=1).argmin()]
         for plane, at in self.centres.items():
-            inside = np.ravel_multi_index(tuple(cells[plane].T), (CELLS,) * 3) == chosen
+            inside = np.ravel_multi_index(tuple(cells[plane].T), tuple(counts)) == chosen
             if inside.any():
                 return at[inside][int(inside.sum()) // 2]
         raise AssertionError("the chosen cell is one of a plane's")
@@ -58,7 +61,7 @@ def sample_tokens(readers: Mapping[str, ArrayReader], grid: VolumeGrid, arrays: 
     sample, tokens, num_chunks = TokenSample(), [], 0
     for plane in grid.planes:
         spec, share, found = grid.plane(plane).array, [], []
-        boxes = list(_boxes(spec, arrays[plane].places if plane in arrays else []))
+        boxes = list(_boxes(spec, readers[plane].shards, arrays[plane].places if plane in arrays else []))
         for start, stop in boxes:
             values = readers[plane].read(*(n for pair in zip(start, stop, strict=True) for n in pair))
             known = ~np.isnan(values[0])
@@ -75,12 +78,12 @@ def sample_tokens(readers: Mapping[str, ArrayReader], grid: VolumeGrid, arrays: 
     return sample
 
 
-def _boxes(spec: ArraySpec, places: list[Shape]) -> Iterator[tuple[Shape, Shape]]:
-    """[start, stop) of chunks of these shards, at most MOST_CHUNKS."""
+def _boxes(spec: ArraySpec, shards: Shape, places: list[Shape]) -> Iterator[tuple[Shape, Shape]]:
+    """[start, stop) of boxes like chunks in these shards (`shards`: their shape), at most about MOST_CHUNKS."""
     places = [places[i] for i in evenly(len(places), MOST_CHUNKS)]
     for place in places:
-        low = [i * s for i, s in zip(place, spec.shards, strict=True)]
-        high = [min(a + s, n) for a, s, n in zip(low, spec.shards, spec.shape, strict=True)]
+        low = [i * s for i, s in zip(place, shards, strict=True)]
+        high = [min(a + s, n) for a, s, n in zip(low, shards, spec.shape, strict=True)]
         starts = list(product(*(range(a, b, c) for a, b, c in zip(low, high, spec.chunks, strict=True))))
         for i in evenly(len(starts), max(1, MOST_CHUNKS // len(places))):
             yield starts[i], tuple(min(a + c, b) for a, c, b in zip(starts[i], spec.chunks, high, strict=True))  # type: ignore[misc]

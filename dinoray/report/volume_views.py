@@ -72,9 +72,9 @@ class FusedReader:
     _fused: Callable[..., np.ndarray] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self.planes = {name: open_array(self.store, self.grid.plane(name).array).read for name in self.grid.planes}
+        self.planes = {name: open_array(self.store, name).read for name in self.grid.planes}
         if self.is_stored:
-            self._fused = open_array(self.store, self.grid.fused).read
+            self._fused = open_array(self.store, "fused").read
 
     def read(self, start: Shape, stop: Shape) -> np.ndarray:
         """[dim, z, y, x] float32. Raises OutputDamaged, TransientError, SystemicError."""
@@ -103,7 +103,7 @@ def choose_point(reader: FusedReader, sample: TokenSample) -> tuple[Shape, bool]
     middle: Shape = tuple(n // 2 for n in grid.target_shape)  # type: ignore[assignment]
     if not np.isnan(reader.read(middle, tuple(n + 1 for n in middle))).any():  # type: ignore[arg-type]
         return middle, True
-    centre = sample.common_centre(grid.extent_nm)
+    centre = sample.common_centre(grid)
     if centre is None:
         return middle, True
     return tuple(min(int(c / g), n - 1) for c, g, n in zip(centre, grid.target_nm, grid.target_shape, strict=True)), False  # type: ignore[return-value]
