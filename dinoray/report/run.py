@@ -18,8 +18,10 @@ from dinoray.errors import BadRequest, OutputDamaged
 from dinoray.generations import Generation, generations, quarantined_now, replaced_reasons
 from dinoray.io.items import Item
 from dinoray.io.stores import Store
+from dinoray.io.volume_grid import VolumeGrid
 from dinoray.ledger import Tally
 from dinoray.report.stages import StageTotals
+from dinoray.report.volume_totals import VolumeTotals
 from dinoray.units import Plan
 from dinoray.verification import open_run
 
@@ -52,6 +54,8 @@ class Run:
     restarted_units: int = 0
     quarantine_units: set[tuple[int, int]] = field(default_factory=set)
     """(generation, unit number) of the units that quarantined something when they were done."""
+    volume: VolumeTotals | None = None
+    """What was stored, when this is a run over a volume."""
 
     @property
     def plan(self) -> Plan:
@@ -62,6 +66,11 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """The settings that changed results."""
         return self.job["identity"]["settings"]
+
+    @property
+    def is_volume(self) -> bool:
+        """Whether this is a run over a volume, not over images."""
+        return self.volume is not None
 
     @property
     def num_units(self) -> int:
@@ -125,12 +134,14 @@ class _Record(BaseModel):
 def open_for_report(out: str) -> Run:
     """Read the job, the plans' indices and all receipts of `out` (finished or not).
 
-    Raises BadRequest when `out` holds no planned run of images, OutputDamaged for records that are missing
+    Raises BadRequest when `out` holds no planned run, OutputDamaged for records that are missing
     or cannot be read.
     """
     store, _, _ = open_run(out)
     run = Run(store, generations(store), _read_job(store))
-    if "features" not in run.settings:
+    if run.plan.facts.get("kind") == "volume":
+        run.volume = _volume_totals(run)
+    elif "features" not in run.settings:
         raise BadRequest("there is no report for this kind of run yet", where=out, todo="see `dinoray status`")
     for position, part in enumerate(run.generations):
         done = part.ledger.done()
@@ -138,6 +149,8 @@ def open_for_report(out: str) -> Run:
             run.tally.add(receipt, replaces=replaced_reasons(part.plan, receipt.unit))
             run.stages.add(receipt)
             run.row_items += receipt.row_items
+            if run.volume is not None:
+                run.volume.add(receipt, part.plan.unit(receipt.number), again=part.kind == "retry")
             if receipt.quarantined:
                 run.quarantine_units.add((position, receipt.number))
             run.parts += [Part(receipt.number, stored.key, receipt.rows, receipt.plate, position)
@@ -145,6 +158,14 @@ def open_for_report(out: str) -> Run:
         run.restarted_units += sum(count > 1 for count in part.ledger.attempts().values())
     run.verified = run.tally.units == run.num_units and store.exists("_SUCCESS")
     return run
+
+
+def _volume_totals(run: Run) -> VolumeTotals:
+    try:
+        return VolumeTotals(VolumeGrid.read(run.plan.facts["grid"]))
+    except (KeyError, TypeError, BadRequest) as error:
+        raise OutputDamaged(f"the plan's grid cannot be read: {error!r}", where=f"{run.store.url}/_dinoray/plan",
+                            todo="restore the folder _dinoray from a copy") from error
 
 
 def _read_job(store: Store) -> dict[str, Any]:

@@ -134,16 +134,17 @@ class Verdict:
 
 def verdict(totals: StageTotals, job: dict[str, Any], *, device: str) -> Verdict:
     """Which stage limits, and the one setting to change. `job`: fields of the job; `device`: cpu or cuda."""
-    parts = totals.loop_parts()
+    parts, noun = totals.loop_parts(), "slabs" if _of_volume(job) else "images"
     if not parts or totals.get("wall") < _ENOUGH_S:
-        return Verdict(None, "The run was too short to say what limits it.", "Try it on more images.")
+        return Verdict(None, "The run was too short to say what limits it.",
+                       "Try it on a larger part of the volume." if _of_volume(job) else "Try it on more images.")
     ranked = sorted(parts, key=lambda name: -parts[name])
     limit, second = ranked[0], ranked[1]
     idle = totals.idle()
     if _units_are_coarse(totals) and idle > _IDLE and (limit == COMPUTE or idle > parts[limit] * (1 - idle)):
-        return _coarse(totals, idle)
+        return _coarse(totals, idle, job)
     reasons = {
-        DECODE: f"the unit loop waited {parts[DECODE]:.0%} of its time for images to be read and decoded",
+        DECODE: f"the unit loop waited {parts[DECODE]:.0%} of its time for {noun} to be read and decoded",
         COMPUTE: f"the unit loop waited {parts[COMPUTE]:.0%} of its time for the {_device(device)}",
         WRITE: f"{parts[WRITE]:.0%} of the units' time went into storing results",
         LOOP: f"the unit loop itself (gathering batches, packing results) took {parts[LOOP]:.0%} of the time",
@@ -156,6 +157,10 @@ def verdict(totals: StageTotals, job: dict[str, Any], *, device: str) -> Verdict
     return Verdict(limit, sentence, advice[limit](totals, job, device))
 
 
+def _of_volume(job: dict[str, Any]) -> bool:
+    return "voxel_size" in job
+
+
 def _units_are_coarse(totals: StageTotals) -> bool:
     return len(totals.workers) > 1 and totals.units < UNITS_PER_WORKER * len(totals.workers)
 
@@ -164,12 +169,13 @@ def _units_are_tiny(totals: StageTotals, job: dict[str, Any]) -> bool:
     return job.get("unit_items", _SMALL_UNIT) < _SMALL_UNIT and totals.get("wall") < _SHORT_UNIT_S * totals.units
 
 
-def _coarse(totals: StageTotals, idle: float) -> Verdict:
+def _coarse(totals: StageTotals, idle: float, job: dict[str, Any]) -> Verdict:
     workers = len(totals.workers)
     wanted = max(1, totals.items // (UNITS_PER_WORKER * workers))
+    smaller = "A smaller `--unit-planes`" if _of_volume(job) else f"`--unit-items {wanted}`"
     return Verdict(UNITS, f"The size of the units limits this run: {totals.units:,} units for {workers:,} workers left them "
                    f"without work for {idle:.0%} of the longest one's time, on average.",
-                   f"`--unit-items {wanted}` with a new `--out`: about {UNITS_PER_WORKER} units for each worker. (Workers that "
+                   f"{smaller} with a new `--out`: about {UNITS_PER_WORKER} units for each worker. (Workers that "
                    "started late or were lost look the same.)")
 
 
@@ -214,6 +220,9 @@ def _write_advice(totals: StageTotals, job: dict[str, Any], device: str) -> str:
         share = totals.dense_bytes / (totals.dense_bytes + totals.table_bytes)
         if job.get("dense_dtype") == "float32":
             return f"`--dense-dtype float16` with a new `--out`: patch grids are {share:.0%} of what is stored."
+        if _of_volume(job):
+            return ("`--output planes` with a new `--out`: the fused features can be had from the planes at any time."
+                    if job.get("output") == "fused" else "`--out` on storage nearer to the workers, or a coarser `--voxel-size`.")
         return (f"Leave `patches` out of `--features` (new `--out`) if you can: patch grids are {share:.0%} of what is "
                 "stored. Otherwise storage nearer to the workers.")
     if job.get("vector_dtype") == "float32":
@@ -225,6 +234,6 @@ def _loop_advice(totals: StageTotals, job: dict[str, Any], device: str) -> str:
     del device
     if _units_are_tiny(totals, job):
         return "`--unit-items 256` (the default) with a new `--out`: units this small cost more to begin and end than to do."
-    if totals.dense_bytes > totals.table_bytes:
+    if totals.dense_bytes > totals.table_bytes and not _of_volume(job):
         return "Leave `patches` out of `--features` (new `--out`) if you can: packing patch grids is most of this work."
     return "`--workers N`: more workers do this side by side."
