@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from dinoray.errors import BadRequest
+from dinoray.errors import BadRequest, ItemError
 from dinoray.io import volume_objects, zarr_objects
 from dinoray.io.volume_levels import Level, choose_level
 from dinoray.io.volumes import Volume, VolumeRequest, open_volume
@@ -312,8 +312,6 @@ def test_colour_slices_have_channels(tmp_path: Path) -> None:
 
 
 def test_slices_gaps_junk_globs_and_odd_ones(tmp_path: Path) -> None:
-    from dinoray.errors import ItemError
-
     for z in (1, 2, 5, 6, 10):
         tifffile.imwrite(tmp_path / f"iso.{z}.tif", FULL[z % 16])
     (tmp_path / "slices.txt").write_text("")
