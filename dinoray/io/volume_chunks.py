@@ -12,7 +12,6 @@ import queue
 import threading
 from collections import OrderedDict
 from dataclasses import replace
-from math import ceil, prod
 
 import numpy as np
 import tensorstore
@@ -162,8 +161,3 @@ def one_chunk(info: ArrayInfo) -> ArrayInfo:
         if info.sharded:
             document["codecs"] = document["codecs"][-1]["configuration"]["codecs"]
     return replace(info, shape=info.inner, chunks=info.inner, sharded=False, document=json.dumps(document).encode())
-
-
-def count_objects(info: ArrayInfo, fixed: dict[int, int]) -> int:
-    """How many objects the array may have at the fixed places of some axes."""
-    return prod(ceil(n / c) for a, (n, c) in enumerate(zip(info.shape, info.chunks, strict=True)) if a not in fixed)

@@ -129,7 +129,7 @@ def _source(top: str, uri: str, attributes: dict[str, Any], level: Level, notes:
         return len(parts) == len(block) and all(p.isascii() and p.isdigit() for p in parts) and all(
             parts[i] == str(at // block[i]) for i, at in fixed.items())
 
-    count = math.prod(math.ceil(n / b) for i, (n, b) in enumerate(zip(dimensions, block, strict=True)) if i not in fixed)
+    count = math.prod(math.ceil(n / b) for n, b in zip(dimensions, block, strict=True))
     document = json.dumps(attributes, sort_keys=True).encode()
     ref, more = objects.identify(top, [*stored, document], below="", count=count, wanted=is_wanted,
                                  decoded_bytes=math.prod(shape) * dtype.itemsize)

@@ -45,39 +45,45 @@ class ChunkObjects:
     def __init__(self, uri: str, limit: int):
         self.uri = uri
         self._limits = Limits(max_file_bytes=limit)
-        self._listed: dict[str, FileRef] | None = None
+        self._listed: dict[str, tuple[int, str]] | None = None
+        """Key -> (bytes, version): of up to MAX_LISTED objects, so without their addresses."""
 
     def identify(self, top: str, documents: Iterable[bytes], *, below: str, count: int, wanted: Callable[[str], bool],
                  decoded_bytes: int) -> tuple[FileRef, tuple[str, ...]]:
         """(identity of the volume at `top`, lines for the log), from its metadata documents and the listing of the chunks
-        in the folder `below` that are `wanted`; `count` is how many there may be.
+        in the folder `below` that are `wanted`; `count` is how many there may be in that folder, wanted or not.
 
         Raises BadRequest when no chunk is stored, ItemError for links and special files, OSError of storage.
         """
         documents = [self.uri.removeprefix(top).encode("utf-8", "surrogateescape"), *documents]
+        unlisted = digest_ref(top, decoded_bytes, documents), (
+            f"over {MAX_LISTED:,} chunks are too many to list: one that changes while the job runs is not noticed",)
         if count > MAX_LISTED:
-            return digest_ref(top, decoded_bytes, documents), (
-                f"{count:,} chunks are too many to list: one that changes while the job runs is not noticed",)
+            return unlisted
         folder = f"{self.uri}/{below}" if below else self.uri
         try:
             found = list_objects(folder)
         except FileNotFoundError:
             found = []
+        except ItemError as error:
+            if error.reason != "too_large":
+                raise
+            return unlisted  # what else lies in the folder are as many
         prefix = f"{below}/" if below else ""
-        self._listed = {prefix + o.name: FileRef(f"{folder}/{o.name}", o.size, o.version)
-                        for o in found if wanted(prefix + o.name)}
+        self._listed = {prefix + o.name: (o.size, o.version) for o in found if wanted(prefix + o.name)}
         if not self._listed:
             raise BadRequest("no chunk of the volume is stored" + (f"; there is {found[0].name[:100]!r}" if found else ""),
                              where=self.uri, todo="copy the volume again, or name another level or channel")
-        lines = (f"{name}\0{ref.size}\0{ref.version}\n".encode("utf-8", "surrogateescape") for name, ref in self._listed.items())
-        size = sum(map(len, documents)) + sum(max(0, ref.size) for ref in self._listed.values())
+        lines = (f"{name}\0{size}\0{version}\n".encode("utf-8", "surrogateescape")
+                 for name, (size, version) in self._listed.items())
+        size = sum(map(len, documents)) + sum(max(0, size) for size, _ in self._listed.values())
         return digest_ref(top, size, [*documents, *lines]), ()
 
     def ref(self, key: str) -> FileRef | None:
         """The object as it was listed, or (not listed) as it is now; None when it is not stored. Raises as `get`."""
-        if self._listed is not None:
-            return self._listed.get(key)
         uri = f"{self.uri}/{key}"
+        if self._listed is not None:
+            return FileRef(uri, *self._listed[key]) if key in self._listed else None
         with storage_errors(uri):
             ref = ref_of(uri)
         return None if ref.version == "missing" else ref
@@ -87,13 +93,10 @@ class ChunkObjects:
 
         Raises ItemError `missing` and `changed` (since it was listed), `too_large`, `bad_path`; TransientError, SystemicError.
         """
-        if self._listed is not None:
-            ref = self._listed.get(key)
-            return None if ref is None else read_file(ref, self._limits)
         ref = self.ref(key)
         if ref is None:
             return None
-        if is_local(ref.uri):
+        if self._listed is None and is_local(ref.uri):  # links were not looked for
             return self.part(ref, 0, ref.size)
         return read_file(ref, self._limits)
 

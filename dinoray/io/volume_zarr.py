@@ -13,7 +13,7 @@ import numpy as np
 from dinoray.errors import BadRequest, ItemError
 from dinoray.io import ome_zarr
 from dinoray.io.volume_attributes import plain_level
-from dinoray.io.volume_chunks import ZarrChunks, count_objects
+from dinoray.io.volume_chunks import ZarrChunks
 from dinoray.io.volume_folders import choices, refuse_labels_path
 from dinoray.io.volume_grid import Shape
 from dinoray.io.volume_levels import Level, choose_level, named_level, unstated
@@ -215,7 +215,7 @@ def _source(top: str, found: _Found, request: VolumeRequest) -> Source:
     sizes: dict[str, Shape] = {name: tuple(getattr(info, name)[where[a]] for a in "zyx") for name in ("shape", "inner")}  # type: ignore[misc]
     objects = ChunkObjects(node.uri, 2 * math.prod(info.inner) * info.dtype.itemsize + 2**20)
     ref, notes = objects.identify(
-        top, [*found.above, *node.stored], below=_common_folder(info, fixed), count=count_objects(info, fixed),
+        top, [*found.above, *node.stored], below=_common_folder(info, fixed), count=_count_listed(info, fixed),
         wanted=lambda key: _is_wanted(info, key, fixed), decoded_bytes=math.prod(sizes["shape"]) * info.dtype.itemsize)
     level = found.level
     about = About(sizes["shape"], info.dtype.newbyteorder("="), sizes["inner"], level.voxel_size_nm, level.translation_nm, ref,
@@ -233,6 +233,12 @@ def _common_folder(info: ArrayInfo, fixed: dict[int, int]) -> str:
             break
         parts.append(str(fixed[axis] // info.chunks[axis]))
     return "/".join(parts)
+
+
+def _count_listed(info: ArrayInfo, fixed: dict[int, int]) -> int:
+    """How many objects may lie in that folder."""
+    depth = _common_folder(info, fixed).count("/") + 1 - bool(info.prefix) if _common_folder(info, fixed) else 0
+    return math.prod(math.ceil(n / c) for n, c in list(zip(info.shape, info.chunks, strict=True))[depth:])
 
 
 def _is_wanted(info: ArrayInfo, key: str, fixed: dict[int, int]) -> bool:

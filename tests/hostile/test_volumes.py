@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from dinoray.errors import BadRequest, ItemError
 from dinoray.io.volumes import VolumeRequest, open_volume
 from tests.hostile.test_fuzz import JSON, changed, mutated, only
-from tests.io.volume_files import ome_attributes, transforms, voxels, write_array, write_n5, write_ome
+from tests.io.volume_files import ome_attributes, transforms, voxels, write_array, write_hdf5, write_n5, write_ome
 from tests.omezarr import write_group
 
 DATA = voxels((8, 8, 8), "uint8")
@@ -115,6 +115,23 @@ def hdf5_attributes(value: dict[str, Any]) -> None:
         look(path)
 
 
+def hdf5_file(**options: Any) -> bytes:
+    """A small HDF5 file."""
+    with tempfile.TemporaryDirectory() as folder:
+        return write_hdf5(Path(folder) / "a.h5", {"raw": DATA}, {"resolution": [4, 4, 4]}, **options).read_bytes()
+
+
+HDF5_FILES = [hdf5_file(), hdf5_file(chunks=(4, 4, 4), compression="gzip", shuffle=True, fletcher32=True)]
+
+
+@only(BadRequest, ItemError)
+def hdf5_bytes(data: bytes) -> None:
+    """Any bytes as an HDF5 file."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "a.h5").write_bytes(data)
+        look(Path(folder) / "a.h5")
+
+
 def tiff_bytes(**options: Any) -> bytes:
     buffer = io.BytesIO()
     tifffile.imwrite(buffer, DATA, photometric="minisblack", **options)
@@ -160,6 +177,7 @@ PROPERTIES: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], None], int]]
         st.tuples(st.just(a) | changed(a | N5_MORE), st.just(b) | mutated(b), changed(N5_MORE) | JSON, st.booleans())
         for a, b in N5]), n5_array, 250),
     "hdf5 attributes": (changed(HDF5).filter(lambda v: isinstance(v, dict)), hdf5_attributes, 100),
+    "hdf5 bytes": (mutated(*HDF5_FILES), hdf5_bytes, 150),
     "tiff stack": (mutated(*TIFFS), tiff_stack, 200),
     "request": (st.tuples(NUMBER | st.lists(NUMBER, max_size=4).map(tuple),
                           st.none() | st.text(max_size=6) | st.sampled_from(["s0", "../x"]), NUMBER,

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import tifffile
 
-from dinoray.errors import BadRequest
+from dinoray.errors import BadRequest, ItemError
+from dinoray.io import volume_objects, zarr_objects
 from dinoray.io.volume_levels import Level, choose_level
 from dinoray.io.volumes import Volume, VolumeRequest, open_volume
 from tests.io.volume_files import (
@@ -127,6 +128,25 @@ def test_other_channels_do_not_change_the_identity(tmp_path: Path) -> None:
     first, second = (opened(path, channel=c).ref for c in (0, 1))
     (path / "s0" / "1" / "0" / "0" / "0").write_bytes(b"other")
     assert opened(path, channel=0).ref == first and opened(path, channel=1).ref != second
+
+
+def test_the_listing_of_a_channel_is_what_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for limit in (volume_objects, zarr_objects):
+        monkeypatch.setattr(limit, "MAX_LISTED" if limit is volume_objects else "MAX_OBJECTS", 4)
+    data = voxels((3, 8, 8, 8))
+    options = {"attributes": {"axis_names": list("czyx"), "resolution": [1, 1, 1]}, "chunks": (1, 4, 8, 8)}
+    with opened(write_array(tmp_path / "a.zarr", data, 3, **options), channel=2) as volume:  # two chunks in c/2/
+        assert not volume.notes
+    # v2 with "." has all chunks in one folder
+    path = write_array(tmp_path / "b.zarr", data, 2, **options, chunk_key_encoding={"name": "v2", "separator": "."})
+    with opened(path, channel=2) as volume:
+        assert "too many to list" in volume.notes[0]
+        np.testing.assert_array_equal(whole(volume), data[2])
+    path = write_array(tmp_path / "c.zarr", data[0], 3, {"resolution": [1, 1, 1]})
+    for name in "abcdefg":
+        (path / "c" / name).write_bytes(b"stray")
+    with opened(path) as volume:
+        assert "too many to list" in volume.notes[0]
 
 
 @pytest.mark.parametrize("version", ["0.4", "0.5"])
@@ -292,8 +312,6 @@ def test_colour_slices_have_channels(tmp_path: Path) -> None:
 
 
 def test_slices_gaps_junk_globs_and_odd_ones(tmp_path: Path) -> None:
-    from dinoray.errors import ItemError
-
     for z in (1, 2, 5, 6, 10):
         tifffile.imwrite(tmp_path / f"iso.{z}.tif", FULL[z % 16])
     (tmp_path / "slices.txt").write_text("")

@@ -234,7 +234,7 @@ def test_files_that_are_cut(tmp_path: Path) -> None:
     path = write_hdf5(tmp_path / "a.h5", {"raw": voxels((8, 32, 32))})
     path.write_bytes(path.read_bytes()[:5000])
     assert "HDF5 file cannot be read" in refusal(path, raw_voxel_nm=1)
-    tifffile.imwrite(tmp_path / "a.tif", SMALL, metadata=None, contiguous=False)
+    tifffile.imwrite(tmp_path / "a.tif", SMALL, metadata=None, contiguous=False, photometric="minisblack")
     data = (tmp_path / "a.tif").read_bytes()
     for length in (0, 3, 9, len(data) // 2):
         (tmp_path / "a.tif").write_bytes(data[:length])
