@@ -28,7 +28,12 @@ def open_mask(job: ExtractVolumeJob) -> Volume | None:
     source = job.mask_source()
     if source is None:
         return None
-    return open_volume(VolumeRequest(source, mask=True))
+    try:
+        return open_volume(VolumeRequest(source, mask=True))
+    except BadRequest as error:
+        raise BadRequest(f"the mask cannot be used: {error.what}", where=error.where or source,
+                         todo="give a mask with its voxel size (OME-Zarr, say; it may be coarser than the volume): integers or "
+                         "booleans, 0 is background") from error
 
 
 def threshold(job: ExtractVolumeJob) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dinoray.io.stores import is_local
-from dinoray.io.volume_source import labels_error
+from dinoray.io.volume_source import VolumeRequest, labels_error
 from dinoray.io.walk import LocalTree, RemoteTree
 
 CONTAINERS = (".zarr", ".n5")
@@ -19,11 +19,11 @@ def folders(uri: str) -> list[str]:
     return [entry.name for entry in entries if entry.is_folder and not entry.name.startswith(".")]
 
 
-def refuse_labels_path(uri: str, dataset: str | None) -> None:
+def refuse_labels_path(uri: str, request: VolumeRequest) -> None:
     """A path below `labels/` of a container is a label image, whatever its metadata leave out."""
-    parts = uri.split("/")
+    dataset, parts = request.dataset, uri.split("/")
     inside = next((parts[i + 1:] for i, part in enumerate(parts) if part.lower().endswith(CONTAINERS)), [])
-    if "labels" in [*inside, *(dataset or "").split("/")]:
+    if not request.mask and "labels" in [*inside, *(dataset or "").split("/")]:
         raise labels_error("a path below labels/", f"{uri}/{dataset}" if dataset else uri)
 
 

@@ -36,7 +36,7 @@ _ERRNO = re.compile(r"errno = (\d+)")
 
 def open_hdf5(uri: str, request: VolumeRequest) -> Source:
     """The Source of a dataset. Raises BadRequest, ItemError (of metadata), errors of storage."""
-    refuse_labels_path(uri, request.dataset)
+    refuse_labels_path(uri, request)
     ref = ref_of(uri)
     bytes_in = None if is_local(uri) else RangedFile(ref)
     try:
@@ -158,7 +158,7 @@ def _source(uri: str, ref: FileRef, file: h5py.File, dataset: h5py.Dataset, byte
         raise BadRequest(f"an HDF5 filter of number {unknown[0]}", where=where, todo="write it with gzip or lzf compression")
     attributes = _attributes(dataset)
     axes = _axes(dataset, attributes, where)
-    check_array(dataset.shape, dataset.dtype, where)
+    check_array(dataset.shape, dataset.dtype, where, mask=request.mask)
     fixed = {}
     for axis, kind, wanted in (("c", "channel", request.channel), ("t", "time", request.time)):
         size = dataset.shape[axes.index(axis)] if axis in axes else None

@@ -40,7 +40,7 @@ _XZ_MEMORY = 2**27
 def open_n5(uri: str, request: VolumeRequest) -> Source:
     """The Source of a volume in the N5 folder at `uri`. Raises BadRequest, ItemError (of metadata), errors of storage."""
     target = uri if request.dataset is None else f"{uri}/{path_below(request.dataset.strip('/'), uri)}"
-    refuse_labels_path(uri, request.dataset)
+    refuse_labels_path(uri, request)
     attributes = _attributes(target)
     notes: tuple[str, ...] = ()
     if _is_array(attributes):
@@ -113,7 +113,7 @@ def _source(top: str, uri: str, attributes: dict[str, Any], level: Level, notes:
         raise BadRequest(f"an N5 array with the compression {str(compression.get('type'))[:60]!r}", where=uri,
                          todo="write it with " + ", ".join(sorted(_COMPRESSIONS)))
     axes = _axes(attributes, len(dimensions), uri)
-    check_array(dimensions, dtype, uri)
+    check_array(dimensions, dtype, uri, mask=request.mask)
     check_piece(block, dtype, uri)
     fixed = {}
     for axis, kind, wanted in (("c", "channel", request.channel), ("t", "time", request.time)):

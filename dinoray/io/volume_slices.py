@@ -55,7 +55,7 @@ def open_slices(uri: str, request: VolumeRequest) -> Source:
     first, shown = _first(files, notes)
     channel = pick("channel", len(first.pixels), first.channel_names, request.channel, shown.uri)
     shape = (len(files), *first.pixels.shape[1:])
-    check_array(shape, first.pixels.dtype, shown.uri)
+    check_array(shape, first.pixels.dtype, shown.uri, mask=request.mask)
     check_piece(first.pixels.shape, first.pixels.dtype, shown.uri)
     level, more = unstated("0", None, None, request.raw_voxel_nm, "slices state no voxel size", uri)
     lines = (f"{f.uri.removeprefix(uri)}\0{f.size}\0{f.version}\n".encode("utf-8", "surrogateescape") for f in files)

@@ -36,6 +36,8 @@ class VolumeRequest:
     """Time point, of a source with time."""
     crop: tuple[tuple[int, int], tuple[int, int], tuple[int, int]] | None = None
     """Voxels [start, stop) along z, y, x of the level that is read."""
+    mask: bool = False
+    """A mask is read: integers and booleans of any kind, label images too."""
 
     def __post_init__(self):
         if isinstance(self.raw_voxel_nm, list):  # from JSON
@@ -103,13 +105,15 @@ def opening(uri: str) -> Iterator[None]:
                              todo=error.todo or "check that the volume is whole and of a kind that is read") from error
 
 
-def check_array(shape: Sequence[int], dtype: np.dtype, where: str) -> None:
-    """Refuse what cannot be the intensities of a volume: empty axes, labels, numbers that are none.
+def check_array(shape: Sequence[int], dtype: np.dtype, where: str, *, mask: bool = False) -> None:
+    """Refuse what cannot be the intensities of a volume (or a `mask`): empty axes, labels, numbers that are none.
 
     Raises BadRequest.
     """
     if any(n < 1 for n in shape):
         raise BadRequest(f"an axis of size 0: {' x '.join(map(str, shape))}", where=where, todo="name a volume that holds voxels")
+    if mask and dtype.kind in "biu":
+        return
     if dtype.kind == "b" or dtype.kind in "iu" and dtype.itemsize >= 4:
         raise labels_error(f"voxels of type {dtype} look like labels", where)
     if dtype.kind not in "iuf" or dtype.itemsize > 8 or dtype.fields is not None:

@@ -100,7 +100,7 @@ def _open(uri: str, ref: FileRef, request: VolumeRequest, file: BinaryIO, data: 
     axes = _axes(layout, page, request, uri)
     check_page(page, data, uri, LIMITS)
     shape = (len(axes.planes), page.imagelength, page.imagewidth)
-    check_array(shape, page.dtype, uri)
+    check_array(shape, page.dtype, uri, mask=request.mask)
     chunks = (1, *shape[1:])
     check_piece((page.samplesperpixel, *chunks), page.dtype, uri)
     level, notes = _size(tif, layout, page, num_pages, request, uri)

@@ -54,7 +54,7 @@ class _Found:
 def open_zarr(uri: str, request: VolumeRequest) -> Source:
     """The Source of a volume in the Zarr folder at `uri`. Raises BadRequest, ItemError (of metadata), errors of storage."""
     target = uri if request.dataset is None else f"{uri}/{ome_zarr.path_below(request.dataset.strip('/'), uri)}"
-    refuse_labels_path(uri, request.dataset)
+    refuse_labels_path(uri, request)
     node = read_node(target)
     if node is None:
         raise BadRequest("no Zarr group or array is there", where=target, todo=choices(uri))
@@ -92,7 +92,7 @@ def _in_group(node: Node, top: str, request: VolumeRequest, *, inside_series: bo
     if "plate" in attributes or "well" in attributes:
         raise BadRequest("an OME-Zarr plate or well, not one volume", where=node.uri,
                          todo="name the image of one field (such as plate.zarr/A/1/0); plates are read by `dinoray extract images`")
-    if "image-label" in attributes:
+    if "image-label" in attributes and not request.mask:
         raise labels_error("a label image", node.uri)
     if "multiscales" in attributes:
         multiscale = parse_multiscale(attributes, node.uri)
@@ -146,12 +146,12 @@ def _unstated(multiscale: Multiscale, path: str, wanted: Any, where: str) -> tup
 
 def _in_array(node: Node, top: str, request: VolumeRequest) -> _Found:
     """An array that was named: a level of a multiscale above it, or a plain one."""
-    if "image-label" in node.attributes:
+    if "image-label" in node.attributes and not request.mask:
         raise labels_error("a label image", node.uri)
     for group, path in _groups_above(node.uri, top, request.dataset is not None):
         above = read_node(group)
         attributes = {} if above is None or above.is_array else _ome(above)
-        if "image-label" in attributes:
+        if "image-label" in attributes and not request.mask:
             raise labels_error("a level of a label image", node.uri)
         if above is not None and "multiscales" in attributes:
             multiscale = parse_multiscale(attributes, group)
@@ -203,7 +203,7 @@ def _source(top: str, found: _Found, request: VolumeRequest) -> Source:
     info = parse_array(node.stored[0], node.uri)
     if len(info.shape) != len(axes):
         raise ItemError("decode", f"axes {axes} for an array of {len(info.shape)} axes", where=node.uri)
-    check_array(info.shape, info.dtype, node.uri)
+    check_array(info.shape, info.dtype, node.uri, mask=request.mask)
     check_piece(info.inner, info.dtype, node.uri)
     fixed = {}
     for axis, kind, names, wanted in (("c", "channel", found.channel_names, request.channel), ("t", "time", None, request.time)):

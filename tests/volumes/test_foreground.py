@@ -89,9 +89,17 @@ def test_what_is_skipped_does_not_depend_on_the_units(source: Path, mask: Path, 
     assert data_objects(tmp_path / "one") == data_objects(tmp_path / "many")
 
 
+def test_a_mask_without_a_scale_is_refused(source: Path, tmp_path: Path) -> None:
+    zarr.create_array(str(tmp_path / "plain.zarr"), shape=SHAPE, chunks=(32, 64, 64), dtype="bool")[:] = True
+    with pytest.raises(BadRequest, match="the mask cannot be used.*voxel size"):
+        run(source, tmp_path / "out", foreground=str(tmp_path / "plain.zarr"))
+    with pytest.raises(BadRequest, match="the mask cannot be used"):
+        run(source, tmp_path / "out", foreground=str(tmp_path / "gone.zarr"))
+
+
 def test_a_mask_that_does_not_cover_the_volume_is_refused(source: Path, tmp_path: Path) -> None:
     zarr.create_array(str(tmp_path / "small.zarr"), shape=(24, 50, 50), chunks=(8, 8, 8), dtype="uint8",
-                      attributes={"resolution": [32, 32, 32], "offset": [0, 0, 0], "axes": ["z", "y", "x"], "units": ["nm"] * 3})
+                      attributes={"resolution": [32, 32, 32], "offset": [0, 0, 0], "axes": ["z", "y", "x"], "units": ["nm"] * 3})[:] = 1
     with pytest.raises(BadRequest, match="the mask reaches from"):
         run(source, tmp_path / "out", foreground=str(tmp_path / "small.zarr"))
     assert not open_store(str(tmp_path / "out")).exists("_dinoray/job.json")
