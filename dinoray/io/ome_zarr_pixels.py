@@ -151,7 +151,7 @@ def _selection(opened: _Opened, limits: Limits, z_projection: str) -> tuple[tupl
     planes = {"t": size.get("t", 1), "z": size.get("z", 1)}
     if planes["t"] > 1 or planes["z"] > 1 and z_projection not in ("max", "middle"):
         raise ItemError("stack", f"not one image but a stack: axes {image.axes}, {' x '.join(map(str, shape))}",
-                        where=uri, todo=STACK_TODO + "; volumes are another job")
+                        where=uri, todo=STACK_TODO + "; `dinoray extract volume` reads volumes")
     depth = planes["z"] if z_projection == "max" else 1
     channels = size.get("c", 1)
     check_limits(uri, limits, height=size["y"], width=size["x"], planes=channels * depth, itemsize=opened.array.dtype.itemsize)

@@ -186,7 +186,7 @@ def _add_source(source: str, requests: dict[str, _Request], manifests: list[str]
     base, glob = (path, "") if is_folder else _split_glob(path)
     if base.lower().endswith(".n5"):
         raise BadRequest("an N5 array is a volume", where=source,
-                         todo="only images are read so far; export its planes as TIFF")
+                         todo="`dinoray extract volume` reads volumes")
     if is_folder and any(name.lower().endswith(ZARR) for name in base.split("/")):
         request.arrays.append(base)
         return tree.url(posixpath.dirname(base))
