@@ -28,11 +28,11 @@ def job_command(model: type[FeatureJob], run: Callable[[Any], int]) -> Callable[
 
     parameters = [
         inspect.Parameter("sources", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None,
-                          annotation=Annotated[list[str] | None, typer.Argument(help="Folders, files, globs, URLs, manifests.")]),
+                          annotation=Annotated[list[str] | None, typer.Argument(help=model.model_fields["sources"].description)]),
         inspect.Parameter("job", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None,
                           annotation=Annotated[str | None, typer.Option("--job", help="The job as YAML.")]),
     ]
-    for name, field in model.model_fields.items():
+    for name, field in sorted(model.model_fields.items(), key=lambda pair: _place(pair[0])):
         if name == "sources":
             continue
         kind, shown = _flag_type(field.annotation), field.get_default(call_default_factory=True)
@@ -49,6 +49,12 @@ def job_command(model: type[FeatureJob], run: Callable[[Any], int]) -> Callable[
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     command.__doc__ = (model.__doc__ or "").split(":")[0] + "."
     return command
+
+
+def _place(field: str) -> int:
+    """Where a flag stands in the help: input, output and model, then what is the command's own, then how a job runs."""
+    first = ("sources", "out", "model", "weights", "accept_dinov3_license")
+    return first.index(field) if field in first else len(first) + (field in FeatureJob.model_fields)
 
 
 def _choices(annotation: Any) -> tuple[Any, ...]:
