@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 import numpy as np
@@ -21,7 +22,10 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from dinoray.errors import BadRequest, ItemError
-from dinoray.io.stores import filesystem, is_local, local_path, safe_join
+from dinoray.io.stores import filesystem, is_local, local_path, open_store, safe_join
+
+if TYPE_CHECKING:
+    from dinoray.io.volume_features import VolumeFeatures
 
 ROW_GROUP_BYTES = 64 * 2**20
 """Row groups are cut near this size so that readers can stream."""
@@ -172,6 +176,12 @@ def _generation(path: str) -> int:
     return int(found[1]) if found else 0
 
 
-def open_features(url: str) -> Features:
-    """Open the features that a run wrote to `url` (folder or fsspec URL). Raises BadRequest when there are none."""
-    return Features(url)
+def open_features(url: str | os.PathLike[str]) -> Features | VolumeFeatures:
+    """Open the features that a run wrote to `url` (folder or fsspec URL): of images or cells as tables, of a volume by boxes.
+
+    Raises BadRequest when there are none.
+    """
+    from dinoray.io.volume_features import VolumeFeatures, is_volume
+
+    url = os.fspath(url)
+    return VolumeFeatures(url) if is_volume(open_store(url)) else Features(url)
