@@ -21,6 +21,7 @@ from dinoray.errors import BadRequest
 
 POINTS = {
     "plan.request": "after job.json, before anything is planned",
+    "plan.arrays": "after the metadata of a volume's arrays, before its units are planned",
     "plan.file": "after a file of the plan, before its index",
     "plan.seal": "just before the index that seals a plan",
     "item.load": "before an item is read",
@@ -30,6 +31,8 @@ POINTS = {
     "unit.done": "after the receipt of a unit",
     "stats.begin": "as unit.begin, in the statistics pass", "stats.data": "as unit.data, in the statistics pass",
     "stats.receipt": "as unit.receipt, in the statistics pass", "stats.done": "as unit.done, in the statistics pass",
+    "volume.begin": "as unit.begin, for the units of a volume", "volume.data": "as unit.data, for the units of a volume",
+    "volume.receipt": "as unit.receipt, for the units of a volume", "volume.done": "as unit.done, for the units of a volume",
     "run.verify": "after the last unit, before the output is verified",
 }
 """Every point and where it lies."""

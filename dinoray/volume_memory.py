@@ -3,55 +3,131 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
+import numpy as np
+
+from dinoray.io.fusion import SLAB_PLANES
 from dinoray.io.slab_pixels import slab_taps
-from dinoray.io.volume_grid import PlaneGrid, VolumeGrid
+from dinoray.io.volume_grid import NORMAL, PlaneGrid, VolumeGrid
+from dinoray.io.volumes import THREADS as CHUNK_READERS
 from dinoray.io.windows import SlabWindows
-from dinoray.memory.budget import slab_compute_bytes, slab_read_bytes
-from dinoray.slabs import UnitSizes, cuts, unit_tokens
+from dinoray.memory.budget import (
+    chunk_bytes_in_work,
+    fused_read_bytes,
+    shard_bytes_in_work,
+    slab_compute_bytes,
+    slab_read_bytes,
+)
+from dinoray.slabs import Slab, UnitSizes, cuts, tokens_needed, unit_tokens
+
+FIXED = 48 * 2**20
+"""What a process grows by whatever the slab: libraries at their first forward and first shard, stacks and arenas of
+threads, freed memory between blocks in use (30 to 45 MB measured)."""
+WRITERS = 2
+"""Threads that encode and store shards."""
 
 
 @dataclass(frozen=True)
 class SlabBytes:
-    """`read`: while a slab is read and waits; `compute`: what its computation adds; both at most, over all slabs."""
+    """`read`: while a slab is read; `held`: while it waits and is computed; `compute`: what all else adds; at most, over
+    all slabs."""
 
     read: int
+    held: int
     compute: int
+    count: int
+    """Slabs of the kind: no more are ever at work."""
 
     @property
     def smallest(self) -> int:
         """Bytes of one slab alone: less than this cannot work."""
         return self.read + self.compute
 
-    def predicted(self, budget: int, most_ahead: int) -> int:
-        """Peak bytes of a runner that may take `budget` and reads at most `most_ahead` slabs ahead."""
-        slabs = 1 + min(most_ahead - 1, max(0, budget - self.smallest) // self.read)
-        return self.compute + slabs * self.read
+    def ahead(self, budget: int, most_ahead: int) -> int:
+        """Slabs that are read while one is in work, of a runner that may take `budget` bytes."""
+        return min(most_ahead - 1, self.count - 1, max(0, budget - self.smallest) // self.read)
+
+    def predicted(self, budget: int, readers: int, most_ahead: int) -> int:
+        """Peak bytes of a runner that may take `budget`, reads in `readers` threads and has at most `most_ahead` slabs
+        at once."""
+        ahead = self.ahead(budget, most_ahead)
+        reading = min(ahead, readers)
+        return self.compute + (self.held + reading * self.read + (ahead - reading) * self.held if ahead else self.read)
 
 
-def slab_bytes(grid: VolumeGrid, sizes: UnitSizes, rule: str, itemsize: int, *, threads: int) -> SlabBytes:
-    """Of the largest slab of any plane. `itemsize`: bytes of a raw voxel; `threads`: micro-batches computed at once."""
-    found = [_plane_bytes(grid.plane(name), sizes, rule, itemsize, threads) for name in grid.planes]
-    return SlabBytes(max(f.read for f in found), max(f.compute for f in found))
+@dataclass(frozen=True)
+class Stages:
+    """The slabs of planes, and those of the fused array that are made of them; None without one."""
+
+    planes: SlabBytes
+    fused: SlabBytes | None = None
+
+    @property
+    def smallest(self) -> int:
+        """Bytes of one slab of either kind."""
+        return max(self.planes.smallest, self.fused.smallest if self.fused else 0)
+
+    def of(self, array: str) -> SlabBytes:
+        """By the array that a slab belongs to."""
+        return self.fused if array == "fused" and self.fused else self.planes
 
 
-def _plane_bytes(plane: PlaneGrid, sizes: UnitSizes, rule: str, itemsize: int, threads: int) -> SlabBytes:
-    grid = plane.grid
+def stage_bytes(grid: VolumeGrid, sizes: UnitSizes, rule: str, *, voxel_bytes: int, chunk_bytes: int, threads: int,
+                margin_px: int = 0, fused: bool = False) -> Stages:
+    """Of the largest slabs. `voxel_bytes`, `chunk_bytes`: of a raw voxel and of a chunk of the input, decoded; `threads`:
+    micro-batches computed at once; `margin_px`: around windows, where foreground is looked for."""
+    found = [_plane_bytes(grid.plane(name), sizes, rule, voxel_bytes, chunk_bytes, threads, margin_px) for name in grid.planes]
+    planes = SlabBytes(max(f.read for f in found), max(f.held for f in found), max(f.compute for f in found),
+                        sum(f.count for f in found))
+    return Stages(planes, _fused_bytes(grid) if fused else None)
+
+
+def _plane_bytes(plane: PlaneGrid, sizes: UnitSizes, rule: str, voxel_bytes: int, chunk_bytes: int, threads: int,
+                 margin_px: int) -> SlabBytes:
+    grid, itemsize = plane.grid, np.dtype(plane.grid.dtype).itemsize
     depth = min(plane.planes_per_shard, plane.shape[plane.normal])
     rows, cols = (max(cuts(plane.shape[a], unit_tokens(plane, a, sizes.windows)), key=lambda cut, a=a: _reach(plane, a, cut))
                   for a in plane.axes)
-    windows = SlabWindows(plane, rows, cols)
+    windows = SlabWindows(plane, rows, cols, margin_px)
     pixel_rows, pixel_cols = windows.pixel_box()
     taps = slab_taps(plane, (0, depth), pixel_rows, pixel_cols, rule)
     along, read_rows, read_cols = (len(i) for i in taps.indices())
-    height, width = pixel_rows[1] - pixel_rows[0], pixel_cols[1] - pixel_cols[0]
-    read = slab_read_bytes(raw_bytes=along * read_rows * read_cols * itemsize, read_pixels=depth * read_rows * read_cols,
-                           pixels=depth * height * width)
+    pixels = depth * (pixel_rows[1] - pixel_rows[0]) * (pixel_cols[1] - pixel_cols[0])
+    read = slab_read_bytes(raw_bytes=along * read_rows * read_cols * voxel_bytes, read_pixels=depth * read_rows * read_cols,
+                           pixels=pixels)
     lattices = windows.lattices
-    compute = slab_compute_bytes(tokens=depth * (rows[1] - rows[0]) * (cols[1] - cols[0]), dim=grid.dim,
-                                 itemsize=2 if grid.dtype == "float16" else 4, threads=threads,
+    compute = slab_compute_bytes(tokens=depth * (rows[1] - rows[0]) * (cols[1] - cols[0]), dim=grid.dim, itemsize=itemsize,
+                                 threads=threads, patch=grid.patch,
                                  batch_tokens=grid.micro_batch * lattices[0].window * lattices[1].window)
-    return SlabBytes(read, compute)
+    shard = prod(plane.array.shards) * grid.dim * itemsize
+    shards = prod(-(-(b - a) // plane.shard_tokens(axis)) for axis, (a, b) in zip(plane.axes, (rows, cols), strict=True))
+    chunks = raw_chunks(along * read_rows * read_cols * voxel_bytes, chunk_bytes)
+    count = -(-plane.shape[plane.normal] // plane.planes_per_shard) * prod(
+        len(cuts(plane.shape[a], unit_tokens(plane, a, sizes.windows))) for a in plane.axes)
+    return SlabBytes(read, 4 * pixels, FIXED + compute + shard_bytes_in_work(shard, min(WRITERS, shards))
+                     + chunk_bytes_in_work(chunk_bytes, min(CHUNK_READERS, chunks)), count)
+
+
+def raw_chunks(raw_bytes: int, chunk_bytes: int) -> int:
+    """Chunks that a slab touches, at least as many as hold its voxels; a box cuts through some at either end of 3 axes."""
+    return 8 * -(-raw_bytes // chunk_bytes)
+
+
+def _fused_bytes(grid: VolumeGrid) -> SlabBytes:
+    spec, itemsize = grid.fused, np.dtype(grid.dtype).itemsize
+    box = tuple(min(s, n) for s, n in zip(spec.shards, spec.shape, strict=True))
+    voxels, read = prod(box), 0
+    for name in grid.planes:
+        plane, normal = grid.plane(name), NORMAL[name]
+        at_once = tuple(min(SLAB_PLANES, n) if a == normal else n for a, n in enumerate(box))
+        start, stop = tokens_needed(plane, Slab("fused", (0, 0, 0), at_once))  # type: ignore[arg-type]
+        read = max(read, fused_read_bytes(voxels=voxels, voxels_at_once=prod(at_once), dim=grid.dim, itemsize=itemsize,
+                                          tokens_at_once=prod(b - a for a, b in zip(start, stop, strict=True))))
+    shard = prod(spec.shards) * grid.dim * itemsize
+    # a slab is one shard: cast while it is in float32 still, and those of the slabs before are encoded
+    count = prod(-(-n // s) for n, s in zip(spec.shape, spec.shards, strict=True))
+    return SlabBytes(read, 4 * grid.dim * voxels, FIXED + shard + shard_bytes_in_work(shard, min(WRITERS, count)), count)
 
 
 def _reach(plane: PlaneGrid, axis: int, cut: tuple[int, int]) -> int:

@@ -12,7 +12,7 @@ from dinoray.io.volume_grid import NORMAL, Triple, VolumeGrid
 from dinoray.io.volumes import Volume
 from dinoray.memory.budget import micro_batch
 from dinoray.slabs import UnitSizes, choose_sizes, fused_units, windows_in_all, windows_once
-from dinoray.volume_memory import SlabBytes, slab_bytes
+from dinoray.volume_memory import Stages, stage_bytes
 
 MOST_ANISOTROPIC = 3.0
 """Voxels that differ by more than this give planes that are mostly interpolation."""
@@ -32,7 +32,7 @@ class Forecast:
     """Windows of all units."""
     windows_once: int
     """Windows of a run in one unit."""
-    slab: SlabBytes
+    slabs: Stages
 
     @property
     def amplification(self) -> float:
@@ -53,7 +53,7 @@ class Forecast:
         return [f"volume of {'x'.join(map(str, grid.shape))} voxels of {nm(grid.voxel_nm)} (z, y, x); "
                 f"target voxel {nm(grid.target_nm)}; arrays of {grid.dim} features: {arrays}",
                 f"{self.windows:,} windows ({window} px), {self.amplification:.2f} times those of one unit; output at most "
-                f"{self.output_bytes:,} bytes; {self.slab.smallest:,} bytes of memory for a slab"]
+                f"{self.output_bytes:,} bytes; {self.slabs.smallest:,} bytes of memory for a slab"]
 
 
 def nm(sizes: Triple) -> str:
@@ -116,17 +116,25 @@ def _planes(job: ExtractVolumeJob, voxel: Triple, say: Callable[[str], None]) ->
     return (plane,)
 
 
-def make_forecast(job: ExtractVolumeJob, grid: VolumeGrid, itemsize: int, *, threads: int) -> Forecast:
+def stages_of(job: ExtractVolumeJob, grid: VolumeGrid, sizes: UnitSizes, volume: Volume, *, threads: int) -> Stages:
+    """What the slabs of a job take."""
+    itemsize = volume.dtype.itemsize
+    return stage_bytes(grid, sizes, job.slice_sampling, voxel_bytes=itemsize,
+                       chunk_bytes=prod(volume.chunks or (1, *volume.shape[1:])) * itemsize, threads=max(1, threads),
+                       margin_px=0 if job.foreground is None else grid.patch, fused=job.output == "fused")
+
+
+def make_forecast(job: ExtractVolumeJob, grid: VolumeGrid, volume: Volume, *, threads: int) -> Forecast:
     """What the job will compute and write. Raises BadRequest above `max_output_bytes` and `memory_bytes`."""
     sizes = choose_sizes(grid, job.unit_windows, job.unit_planes)
     forecast = Forecast(grid, sizes, job.output == "fused", windows_in_all(grid, sizes), windows_once(grid),
-                        slab_bytes(grid, sizes, job.slice_sampling, itemsize, threads=threads))
+                        stages_of(job, grid, sizes, volume, threads=threads))
     if forecast.output_bytes > job.max_output_bytes:
         raise BadRequest(f"the output would have {forecast.output_bytes:,} bytes before compression; the limit is "
                          f"{job.max_output_bytes:,}", where="--max-output-bytes",
                          todo="raise the limit, or take a coarser --voxel-size, --output planes, fewer --planes or a --crop")
-    if forecast.slab.smallest > job.memory_bytes:
-        raise BadRequest(f"one slab needs about {forecast.slab.smallest:,} bytes of memory; an actor may take "
+    if forecast.slabs.smallest > job.memory_bytes:
+        raise BadRequest(f"one slab needs about {forecast.slabs.smallest:,} bytes of memory; an actor may take "
                          f"{job.memory_bytes:,} beyond the model", where="--memory-bytes",
                          todo="raise it, or take smaller units (--unit-windows; now "
                          f"{sizes.windows}), a smaller --window-px or a coarser --voxel-size")

@@ -59,9 +59,9 @@ def test_what_is_no_failpoint_is_refused_with_the_list(text: str) -> None:
 
 
 def test_every_point_is_passed_somewhere_and_every_passed_one_is_known() -> None:
-    """`unit.*` and `stats.*` are named by the runner's `point`."""
+    """`unit.*`, `stats.*` and `volume.*` are named by the runner's `point`."""
     source = "\n".join(path.read_text() for path in PACKAGE.rglob("*.py"))
     passed = set(re.findall(r'reach\("([a-z.]+)"', source))
-    for kind in ("unit", "stats"):
+    for kind in ("unit", "stats", "volume"):
         passed |= {f"{kind}.{name}" for name in re.findall(r'reach\(f"\{self\.point\}\.([a-z]+)"', source)}
     assert passed == set(POINTS)

@@ -45,9 +45,27 @@ def slab_read_bytes(*, raw_bytes: int, read_pixels: int, pixels: int) -> int:
     return raw_bytes + 4 * (2 * max(read_pixels, pixels) + pixels)
 
 
-def slab_compute_bytes(*, tokens: int, dim: int, itemsize: int, batch_tokens: int, threads: int) -> int:
-    """Peak bytes of computing a slab: its tokens in float32 and as they are stored, shards on their way to the store
-    (half of them, encoded and not), and the activations of `threads` micro-batches of `batch_tokens`."""
+def slab_compute_bytes(*, tokens: int, dim: int, itemsize: int, batch_tokens: int, patch: int, threads: int) -> int:
+    """Peak bytes of computing a slab: its tokens in float32 and as they are stored, those of the slab before on their way
+    to the store, and the activations and pixels of `threads` micro-batches of `batch_tokens`."""
     kept = tokens * dim * (4 + 2 * itemsize)
     activations = batch_tokens * dim * 4 * 16  # residual stream, qkv, heads, the MLP's 4x before and after its activation
-    return kept + threads * activations
+    pixels = batch_tokens * patch**2 * 3 * 4 * 3  # scaled, normalised, cut into patches
+    return kept + threads * (activations + pixels)
+
+
+def fused_read_bytes(*, voxels: int, voxels_at_once: int, tokens_at_once: int, dim: int, itemsize: int) -> int:
+    """Peak bytes of making a box of fused features: the box in float32, and of the few target planes that are added at
+    once the tokens (stored and float32) and three copies while they are resampled."""
+    return dim * (4 * voxels + 3 * 4 * max(voxels_at_once, tokens_at_once) + (4 + itemsize) * tokens_at_once)
+
+
+def shard_bytes_in_work(shard_bytes: int, writers: int) -> int:
+    """Peak bytes of `writers` threads that encode and store a shard each: padded, as zarr's own copy, its compressed
+    chunks, and all of them in one object."""
+    return writers * 4 * shard_bytes
+
+
+def chunk_bytes_in_work(chunk_bytes: int, readers: int) -> int:
+    """Peak bytes of `readers` threads that decode a chunk of the input each: as stored, decoded, and copied once."""
+    return readers * 3 * chunk_bytes

@@ -29,6 +29,7 @@ from dinoray.io.volumes import Volume
 from dinoray.io.windows import TokenGrid
 from dinoray.io.zarr_reading import open_array
 from dinoray.ledger import Ledger, Receipt, StoredObject
+from dinoray.memory.allocator import give_back, share_arenas
 from dinoray.memory.meter import reset_rss_peak, rss, rss_peak
 from dinoray.runners.base import READ_AHEAD_PER_THREAD, Finish, Loaded, UnitRunner
 from dinoray.runners.image_features import device_kind
@@ -38,7 +39,7 @@ from dinoray.units import Plan, Unit
 from dinoray.vision.backbone import Backbone
 from dinoray.vision.extractor import Crop, Extractor, column_names
 from dinoray.volume_inputs import open_mask, threshold
-from dinoray.volume_memory import slab_bytes
+from dinoray.volume_planning import stages_of
 
 MOST_READERS = 4
 """Threads that read slabs, at most: each holds one."""
@@ -55,12 +56,11 @@ class VolumeFeatureRunner(UnitRunner):
                  decode_threads: int, compute_threads: int):
         self.grid = VolumeGrid.read(plan.facts["grid"])
         self.job, self.volume, self.mask = job, volume, open_mask(job)
+        share_arenas()  # before any thread begins
         # the slabs ahead get what a slab in work leaves of the budget
-        slab = slab_bytes(self.grid, UnitSizes(**plan.facts["unit_sizes"]), job.slice_sampling, volume.dtype.itemsize,
-                          threads=max(1, compute_threads))
+        self._stages = stages_of(job, self.grid, UnitSizes(**plan.facts["unit_sizes"]), volume, threads=compute_threads)
         super().__init__(plan, ledger, decode_threads=min(decode_threads, MOST_READERS),
-                         prefetch_bytes=max(1, job.memory_bytes - slab.smallest))
-        self._slab = slab
+                         prefetch_bytes=max(1, job.memory_bytes - self._stages.smallest))
         self.numerics = plan.facts["numerics"]
         layers = None if job.layer is None else (job.layer,)
         self.column = column_names(("patches",), layers)[0][0]
@@ -74,6 +74,7 @@ class VolumeFeatureRunner(UnitRunner):
             torch.set_num_threads(1)  # parallel over batches instead: see dinoray.vision.extractor
         self._compute = ThreadPoolExecutor(self.compute_threads, thread_name_prefix="compute",
                                            initializer=None if self.on_cuda else lambda: torch.set_num_threads(1))
+        give_back()  # what loading left free would be counted as the model's
         self._model_bytes = rss()
         reset_rss_peak()
 
@@ -84,7 +85,7 @@ class VolumeFeatureRunner(UnitRunner):
         self.volume.close()
 
     def cost(self, item: Item) -> int:
-        return self._slab.read
+        return self._stages.of(Slab.read(item.item_id).array).read
 
     # ---------------------------------------------------------------- decode threads
 
@@ -145,7 +146,7 @@ class VolumeFeatureRunner(UnitRunner):
                     seconds["prepare"] += value.prepare_s
                     tokens = self._tokens(value, seconds)
                 else:
-                    tokens = _cast(value, np.isnan(value).any(axis=0)[None], self.job.dense_dtype)
+                    tokens = _cast(value, np.isnan(value[None, 0]), self.job.dense_dtype)  # all features or none
             except ItemError as error:
                 bad[position] = error
                 continue
@@ -156,7 +157,9 @@ class VolumeFeatureRunner(UnitRunner):
             del tokens
         receipt.numerics = self._used_numerics(degraded=self.extractor.split_batches > split_before)
         most_ahead = READ_AHEAD_PER_THREAD * self.decode_threads
-        receipt.memory = {"predicted": self._slab.predicted(self.job.memory_bytes, most_ahead), "model": self._model_bytes}
+        stage = self._stages.of(Slab.read(unit.items[0].item_id).array)
+        receipt.memory = {"predicted": stage.predicted(self.job.memory_bytes, self.decode_threads, most_ahead),
+                          "model": self._model_bytes}
         if self.on_cuda:
             receipt.memory["device_peak"] = torch.cuda.max_memory_allocated()
 
@@ -173,6 +176,7 @@ class VolumeFeatureRunner(UnitRunner):
                                   "message": str(error)})
                 receipt.objects.append(self.ledger.put_quarantine(unit.id, table))
             receipt.memory["above_model"] = max(0, rss_peak() - self._model_bytes)
+            give_back()
             seconds["write"] += time.monotonic() - began
 
         return finish
@@ -249,11 +253,14 @@ class VolumeFeatureRunner(UnitRunner):
 
 
 def _cast(tokens: np.ndarray, missing: np.ndarray, dtype: str) -> np.ndarray:
-    """Features in the stored dtype, checked; NaN where `missing` (bool, 1 long on the axis of features).
+    """Features in the stored dtype, checked; NaN where `missing` (which has 1 on the feature axis). `tokens` is changed: a
+    copy would be as large as all that a slab holds.
 
     Raises ItemError `nonfinite`, `overflow`.
     """
-    if missing.any():
-        cast = as_vector_dtype(np.where(missing, np.float32(0), tokens), dtype)
-        return np.where(missing, np.array(np.nan, cast.dtype), cast)
-    return as_vector_dtype(tokens, dtype)
+    if not missing.any():
+        return as_vector_dtype(tokens, dtype)
+    np.copyto(tokens, np.float32(0), where=missing)
+    cast = as_vector_dtype(tokens, dtype)
+    np.copyto(cast, np.array(np.nan, cast.dtype), where=missing)
+    return cast
