@@ -92,7 +92,8 @@ class Plain:
 
     def run(self, volume: np.ndarray, ratio: float) -> np.ndarray:
         """Features [D, z, y, x] float32."""
-        return fused_features(volume, [round(n / ratio) for n in volume.shape], self.forward, **self.normal).numpy()
+        target = [round(n / ratio) for n in volume.shape]
+        return fused_features(volume, target, self.forward, **self.normal, device=self.device).cpu().numpy()
 
 
 class Ours:

@@ -68,8 +68,7 @@ def dense_columns(name: str) -> tuple[str, str]:
 
 def as_vector_dtype(values: np.ndarray, dtype: str) -> np.ndarray:
     """Cast float32 features to `float32` or `float16`. Raises ItemError `nonfinite`, `overflow`."""
-    # NaN is both the smallest and the largest; no copy is made, the values may be most of what an actor holds
-    largest = max(abs(float(values.min(initial=0))), abs(float(values.max(initial=0))), key=lambda v: (np.isnan(v), v))
+    largest = max(values.max(initial=0), -values.min(initial=0))  # NaN where one is in it; no copy of the values is made
     if not np.isfinite(largest):
         raise ItemError("nonfinite", "the features hold NaN or infinity", todo="try precision=float32")
     if dtype == "float16" and largest > np.finfo(np.float16).max:

@@ -38,21 +38,21 @@ def pixels(pictures: np.ndarray, mean: Sequence[float], std: Sequence[float]) ->
 
 
 def plane_features(volume: np.ndarray, out_shape: Sequence[int], axis: int, forward: Forward, *, mean: Sequence[float],
-                   std: Sequence[float], patch: int = 16) -> torch.Tensor:
-    """Features [D, *out_shape] float32 of the slices across `axis`, all of them in one batch."""
+                   std: Sequence[float], patch: int = 16, device: str = "cpu") -> torch.Tensor:
+    """Features [D, *out_shape] float32 of the slices across `axis`, all of them in one batch; resized on `device`."""
     pictures = slices(volume, axis, out_shape[axis])
     height, width = pictures.shape[1] // patch, pictures.shape[2] // patch
     hidden = forward(pixels(pictures, mean, std))
     tokens = hidden[:, hidden.shape[1] - height * width:]  # CLS and registers come first
     features = tokens.float().cpu().numpy().reshape(len(pictures), height, width, -1)
-    maps = torch.from_numpy(features.transpose(3, 0, 1, 2).copy()).permute(1, 0, 2, 3)  # kept as [D, n, h, w] in between
+    maps = torch.from_numpy(features.transpose(3, 0, 1, 2).copy()).to(device).permute(1, 0, 2, 3)  # once [D, n, h, w]
     in_plane = [n for a, n in enumerate(out_shape) if a != axis]
     resized = F.interpolate(maps, size=in_plane, mode="bilinear", align_corners=False)
     return torch.stack(list(resized), dim=1 + axis)
 
 
 def fused_features(volume: np.ndarray, out_shape: Sequence[int], forward: Forward, *, mean: Sequence[float],
-                   std: Sequence[float], patch: int = 16) -> torch.Tensor:
-    """The mean [D, *out_shape] float32 of the planes across z, y and x."""
-    planes = [plane_features(volume, out_shape, axis, forward, mean=mean, std=std, patch=patch) for axis in range(3)]
+                   std: Sequence[float], patch: int = 16, device: str = "cpu") -> torch.Tensor:
+    """The mean [D, *out_shape] float32 of the planes across z, y and x, on `device`."""
+    planes = [plane_features(volume, out_shape, axis, forward, mean=mean, std=std, patch=patch, device=device) for axis in range(3)]
     return torch.stack(planes).mean(dim=0)
