@@ -123,7 +123,7 @@ extract.command("volume")(job_command(ExtractVolumeJob, run_extract_volume))
 @app.command()
 def demo(out: Annotated[str, typer.Option("--out", help="Where to write.")] = "demo_out",
          no_ray: Annotated[bool, typer.Option("--no-ray", help="Without Ray.")] = False) -> None:
-    """The main job, offline, on the pictures that ship inside scikit-image: features, verification, report."""
+    """The main jobs, offline, on pictures inside scikit-image and a small made volume: features, verification, reports."""
     from dinoray.demo import run_demo
 
     raise typer.Exit(run_demo(out, no_ray=no_ray, say=say))

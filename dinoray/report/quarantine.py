@@ -44,7 +44,7 @@ TODO = {
     "missing_labels": "No label image of this name: make it, or correct its name.",
     "ambiguous_labels": "Several label images fit: keep one, or name them in a manifest.",
     "bad_labels": "Labels are 2D images of integers, one value for each cell: export them so.",
-    "missing_tokens": "Slabs of planes that it is made of are quarantined: mend what those need, then `dinoray retry OUT` for all reasons.",
+    "missing_tokens": "Slabs of planes that it is made of are quarantined: mend those, then `dinoray retry OUT` for all reasons.",
     "bad_centroids": "Coordinates or ids in the table cannot be used: mend those rows.",
 }
 

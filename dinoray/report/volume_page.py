@@ -115,8 +115,8 @@ def draw_views(run: Run, job: ExtractVolumeJob) -> Views:
             panels += [(f"tokens of {name} alone", panel(view, ("tokens",), place))] if has_tokens else []
             normal = NORMAL[name]
             found.drawn.append({"view": view, "defs": define(view), "panels": panels, "normal": "zyx"[normal],
-                                "at": length(found.world_nm[normal]), "size": [length(b - a) for a, b in (view.rows, view.cols)],
-                                "of": [length(grid.extent_nm[a]) for a in view.axes]})
+                                "at": length(found.world_nm[normal]), "size": length(*(b - a for a, b in (view.rows, view.cols))),
+                                "of": length(*(grid.extent_nm[a] for a in view.axes))})
     return found
 
 
@@ -125,10 +125,10 @@ def has_fused(run: Run) -> bool:
     return "first_stage" in run.plan.facts
 
 
-def length(nanometres: float) -> str:
-    """A length or place for people: `2.1 µm`."""
-    size, name = unit_of(abs(nanometres))
-    return f"{nanometres / size:.4g} {name}"
+def length(*nanometres: float) -> str:
+    """A length or place for people, or several in one unit: `2.1 µm`, `1.5 × 2.1 µm`."""
+    size, name = unit_of(max(map(abs, nanometres)))
+    return f"{' × '.join(f'{n / size:.4g}' for n in nanometres)} {name}"
 
 
 def lost_slabs(run: Run, grid: VolumeGrid) -> list[LostSlabs]:
@@ -166,14 +166,14 @@ def _head(run: Run, volume: VolumeTotals) -> dict[str, Any]:
     windows = ", ".join(f"{name} {' x '.join(str(grid.plane(name).lattice(a).window * grid.patch) for a in grid.plane(name).axes)}"
                         for name in grid.planes)
     layer = "last layer" if settings["layer"] is None else f"layer {settings['layer']}"
-    seconds = run.stages.get("wall")
+    seconds, tokens = run.stages.get("wall"), sum(t.computed for name, t in volume.arrays.items() if name != "fused")
     return {
         **run_facts(run), "shape": " × ".join(map(str, grid.shape)), "voxel": nm(grid.voxel_nm), "target": nm(grid.target_nm),
-        "target_shape": " × ".join(map(str, grid.target_shape)), "extent": " × ".join(length(e) for e in grid.extent_nm),
+        "target_shape": " × ".join(map(str, grid.target_shape)), "extent": length(*grid.extent_nm),
         "crop": settings["crop"], "features": f"{grid.dim} numbers of the {layer}, {grid.dtype}: {_FEATURES[settings['output']]}",
         "planes": f"{', '.join(grid.planes)}; target planes: {SAMPLING[settings['slice_sampling']]}",
         "windows": f"{windows} px, halo {grid.halo_px} px, blended", "scaling": scaling, "foreground": settings["foreground"],
-        "rate": number(run.tally.rows / seconds) if seconds else "",
+        "rate": number(tokens / seconds) if seconds else "",
         "later": [f"{g.kind} {g.number}: {g.plan.num_items:,} slabs" for g in run.generations[1:]],
     }
 

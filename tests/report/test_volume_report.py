@@ -61,7 +61,7 @@ def test_the_page_of_a_whole_run(whole: tuple[Path, str], tmp_path: Path) -> Non
     assert [source.count(f'id="{v}-{p}"') for v in ("xy", "xz", "yz") for p in ("raw", "fused", "tokens")] == [1] * 9
     assert source.count('class="panel"') == 12
     for text in ("random weights: texture only", "Nothing was quarantined", "12 x 8 x 10 nm", "Through the middle",
-                 "480 nm × 576 nm × 880 nm",
+                 "480 × 576 × 880 nm",
                  "fused features are made of them when they are read"):
         assert text in page.text, text
     grid = open_for_report(out).volume.grid  # type: ignore[union-attr]
