@@ -99,7 +99,7 @@ def test_a_mask_without_a_scale_is_refused(source: Path, tmp_path: Path) -> None
 
 def test_a_mask_that_does_not_cover_the_volume_is_refused(source: Path, tmp_path: Path) -> None:
     zarr.create_array(str(tmp_path / "small.zarr"), shape=(24, 50, 50), chunks=(8, 8, 8), dtype="uint8",
-                      attributes={"resolution": [32, 32, 32], "offset": [0, 0, 0], "axes": ["z", "y", "x"], "units": ["nm"] * 3})[:] = 1
+                      attributes={"resolution": [32, 32, 32], "offset": [0, 0, 0], "axes": list("zyx"), "units": ["nm"] * 3})[:] = 1
     with pytest.raises(BadRequest, match="the mask reaches from"):
         run(source, tmp_path / "out", foreground=str(tmp_path / "small.zarr"))
     assert not open_store(str(tmp_path / "out")).exists("_dinoray/job.json")

@@ -92,7 +92,7 @@ def cases() -> Iterator[tuple]:
     yield from product(shapes, voxels, ("xy", "xz", "yz"))
 
 
-@pytest.mark.parametrize(("shape", "sizes", "name"), cases())
+@pytest.mark.parametrize(("shape", "sizes", "name"), list(cases()))
 def test_each_plane_on_the_target_grid(unpadded: None, shape, sizes, name: str) -> None:
     grid = make_grid(shape, *sizes)
     in_plane, normal = errors(grid, grid.plane(name), "interpolate")
