@@ -35,7 +35,7 @@ def test_the_code_that_reads_back_runs(tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     code = blocks[-1].replace('"feats"', repr(out))
     found: dict[str, Any] = {"shapes": []}
-    exec(re.sub(r"^(features[[.].*?) *(#.*)?$", r"shapes.append((\1).shape)", code, flags=re.MULTILINE), found)
+    exec(re.sub(r"^(features[\[.].*?) *(#.*)?$", r"shapes.append((\1).shape)", code, flags=re.MULTILINE), found)
     assert found["shapes"] == [(192, 8, 8, 8), (192, 8, 8, 8), (192, 4, 8, 8)]
     # what the page says of napari: both begin at -8 nm
     placing = [line for line in blocks[0].splitlines() if line.startswith(("import zarr", "fused =", "scale, move ="))]
