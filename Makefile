@@ -30,6 +30,7 @@ benchmarks: install
 	$(BIN)/python benchmarks/backbone.py
 	$(BIN)/python benchmarks/pipeline.py
 	$(BIN)/python benchmarks/planning.py
+	$(BIN)/python benchmarks/volume.py
 
 soak: install
 	$(BIN)/python benchmarks/soak.py
