@@ -61,8 +61,8 @@ def test_pixels_of_a_window_begin_where_its_lattice_says() -> None:
     rows, cols = windows.lattices
     for window in windows:
         assert top + window.y == rows.start(window.row) * 16 and left + window.x == cols.start(window.col) * 16
-        assert 0 <= window.y and window.y + windows.size_px[0] <= bottom - top
-        assert 0 <= window.x and window.x + windows.size_px[1] <= right - left
+        assert window.y >= 0 and window.y + windows.size_px[0] <= bottom - top
+        assert window.x >= 0 and window.x + windows.size_px[1] <= right - left
     margin = SlabWindows(plane, (4, 8), (20, 29), margin_px=16)
     assert margin.pixel_box() == ((top - 16, bottom + 16), (left - 16, right + 16))
     assert [(w.y, w.x) for w in margin] == [(w.y + 16, w.x + 16) for w in windows]
