@@ -89,7 +89,7 @@ def render_volume(run: Run) -> str:
 def draw_views(run: Run, job: ExtractVolumeJob) -> Views:
     """The three planes through the middle, or through where features are. Raises as `render_volume`."""
     volume: VolumeTotals = run.volume  # type: ignore[assignment]
-    grid, facts = volume.grid, run.plan.facts
+    grid = volume.grid
     readers = {name: open_array(run.store, name) for name in grid.planes}
     sample = sample_tokens(readers, grid, volume.arrays)
     if sample.basis is None:
@@ -99,9 +99,10 @@ def draw_views(run: Run, job: ExtractVolumeJob) -> Views:
     centre = [(k + 0.5) * g for k, g in zip(point, grid.target_nm, strict=True)]
     corner = [t - r / 2 for t, r in zip(grid.translation_nm, grid.voxel_nm, strict=True)]
     found = Views(basis=sample.basis, is_middle=is_middle, world_nm=tuple(c + o for c, o in zip(centre, corner, strict=True)))  # type: ignore[arg-type]
-    limits = None if job.scaling == "slice" else tuple(facts["limits"])
-    inputs = facts.get("inputs") or [[None, None, None]]
-    with opened(job, grid, inputs[0][2]) as source:
+    limits = None if job.scaling == "slice" else tuple(run.plan.facts["limits"])
+    # a retry reads the volume as it is by then: each generation's slabs name the version that they were planned for
+    versions = {part.plan.unit(0).items[0].files[0].version for part in run.generations if len(part.plan)}
+    with opened(job, grid, versions) as source:
         for name in NORMAL:
             view = make_view(reader, name, point, sample.basis)
             add_raw(view, source, grid, limits)  # type: ignore[arg-type]

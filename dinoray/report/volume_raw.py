@@ -3,7 +3,7 @@ target plane lies between."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from math import ceil, floor, prod
 
@@ -29,8 +29,8 @@ Limits = tuple[float, float]
 
 
 @contextmanager
-def opened(job: ExtractVolumeJob, grid: VolumeGrid, version: str | None) -> Iterator[Volume | str]:
-    """The raw volume of a run, or why it cannot be shown: it is gone, or it is not what the features were made of."""
+def opened(job: ExtractVolumeJob, grid: VolumeGrid, versions: Collection[str | None]) -> Iterator[Volume | str]:
+    """The raw volume of a run, or why it cannot be shown: it is gone, or is none of the `versions` that features were made of."""
     try:
         volume = open_source(job)
     except DinorayError as error:
@@ -38,7 +38,7 @@ def opened(job: ExtractVolumeJob, grid: VolumeGrid, version: str | None) -> Iter
         return
     with volume:
         if (volume.shape, volume.voxel_size_nm, volume.translation_nm) != (grid.shape, grid.voxel_nm, grid.translation_nm) or \
-                (version is not None and volume.ref.version != version):
+                volume.ref.version not in versions:
             yield "the volume has changed since its features were computed"
         else:
             yield volume

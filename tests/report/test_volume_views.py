@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dinoray.config import ExtractVolumeJob
+from dinoray.io.items import FileRef
 from dinoray.io.stores import LocalStore
 from dinoray.io.volume_arrays import create_arrays
 from dinoray.io.volume_grid import NORMAL, VolumeGrid
 from dinoray.io.volumes import VolumeRequest, open_volume
 from dinoray.io.zarr_reading import open_array
+from dinoray.ledger import Receipt, StoredObject
 from dinoray.report import volume_raw
 from dinoray.report.pca import Basis
 from dinoray.report.volume_raw import add_raw, opened, read_raw
@@ -29,6 +31,7 @@ from dinoray.report.volume_svg import define, nice_below, panel, unit_of
 from dinoray.report.volume_totals import ArrayTotals, VolumeTotals, place_nm
 from dinoray.report.volume_views import READ_BYTES, FusedReader, Placed, choose_field, choose_point, make_view
 from dinoray.slabs import Slab
+from dinoray.units import Unit
 from tests.io.volumes import put_array
 from tests.report.volumes import MOVE, VOXEL, averaged, noise, write_volume
 
@@ -220,13 +223,15 @@ def test_a_volume_that_changed_is_not_drawn(tmp_path: Path) -> None:
     path = write_volume(tmp_path / "raw.zarr", noise((20, 32, 32)))
     job = ExtractVolumeJob(sources=(str(path),), out=str(tmp_path / "out"))
     grid = grid_of((20, 32, 32))
-    with opened(job, grid, None) as source:
+    with open_volume(VolumeRequest(str(path))) as volume:
+        now = volume.ref.version
+    with opened(job, grid, {"an earlier version", now}) as source:
         assert not isinstance(source, str)
-    with opened(job, grid, "another version") as source:
+    with opened(job, grid, {"an earlier version"}) as source:
         assert "changed" in source
-    with opened(job, grid_of((20, 32, 40)), None) as source:
+    with opened(job, grid_of((20, 32, 40)), {now}) as source:
         assert "changed" in source
-    with opened(job.model_copy(update={"sources": (str(tmp_path / "gone.zarr"),)}), grid, None) as source:
+    with opened(job.model_copy(update={"sources": (str(tmp_path / "gone.zarr"),)}), grid, {now}) as source:
         assert "no such file or folder" in source
 
 
@@ -234,6 +239,27 @@ def test_where_a_slab_lies_in_nm() -> None:
     grid = grid_of()
     (z, y, x) = place_nm(grid, Slab("xy", (0, 0, 8), (8, 16, 99)))
     assert z == (594.0, 594.0 + 8 * 36) and y == (-44.0, -44.0 + 16 * 32) and x == (995.0 + 8 * 32, 995.0 + 900)
+
+
+def test_a_retry_adds_what_it_computed_and_covers_nothing_twice() -> None:
+    grid = grid_of()
+    first, second = Slab("xy", (0, 0, 0), (8, 28, 23)), Slab("xy", (8, 0, 0), (16, 28, 23))
+    tokens = 8 * 28 * 23
+    totals, file = VolumeTotals(grid), FileRef("/nowhere", 1, "1")
+
+    def receipt(*slabs: Slab, rows: int, keys: list[str], **fields: object) -> tuple[Receipt, Unit]:
+        unit = Unit(0, "u", tuple(slab.item(file, 1) for slab in slabs))
+        stored = [StoredObject(key, 10, "") for key in [*keys, "_dinoray/quarantine/u.parquet"]]
+        return Receipt("u", 0, "f", rows=rows, objects=stored, items=len(slabs), **fields), unit
+
+    totals.add(*receipt(first, second, rows=tokens, keys=["dense/xy.zarr/0/c/0/0/0/0"], memory={"predicted": 7, "above_model": 3}),
+               again=False)
+    windows = totals.arrays["xy"].windows
+    totals.add(*receipt(second, rows=tokens - 5, keys=["dense/xy.zarr/0/c/0/1/0/0"], memory={"above_model": 4}), again=True)
+    found = totals.arrays["xy"]
+    assert (found.covered, found.computed, found.windows) == (2 * tokens, 2 * tokens - 5, windows)
+    assert (found.shards, found.num_bytes) == (2, 20)
+    assert found.places == [(0, 0, 0), (1, 0, 0)] and (totals.predicted_bytes, totals.measured_bytes) == (7, 4)
 
 
 def test_stored_shards_are_thinned_evenly() -> None:
