@@ -64,7 +64,7 @@ def extract_volume(job: ExtractVolumeJob, say: Callable[[str], None] = print, *,
         if not sealed:
             config = resolved.backbone.config
             grid = make_grid(job, volume, patch=config.patch_size, dim=config.dim, token_budget=job.token_budget or 0, say=say)
-            forecast = make_forecast(job, grid, volume, threads=job.compute_threads or available_cores())
+            forecast = make_forecast(job, grid, volume, mask, threads=job.compute_threads or available_cores())
             for line in forecast.lines():
                 say(line)
         refuse_if_held(store, job.takeover)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 
 import numpy as np
 
 from dinoray.io.fusion import SLAB_PLANES
 from dinoray.io.slab_pixels import slab_taps
-from dinoray.io.volume_grid import NORMAL, PlaneGrid, VolumeGrid
+from dinoray.io.volume_grid import NORMAL, PlaneGrid, Shape, Triple, VolumeGrid
 from dinoray.io.volumes import THREADS as CHUNK_READERS
 from dinoray.io.windows import SlabWindows
 from dinoray.memory.budget import (
@@ -57,6 +57,20 @@ class SlabBytes:
 
 
 @dataclass(frozen=True)
+class Mask:
+    """A volume of foreground: size of its voxels and bytes of one."""
+
+    voxel_nm: Triple
+    shape: Shape
+    voxel_bytes: int
+
+    def box_bytes(self, *sides_nm: float, axes: tuple[int, int, int]) -> int:
+        """Bytes of a box of the mask as read and as yes or no."""
+        return prod(min(ceil(side / self.voxel_nm[a]) + 1, self.shape[a]) for side, a in zip(sides_nm, axes, strict=True)) \
+            * (self.voxel_bytes + 1)
+
+
+@dataclass(frozen=True)
 class Stages:
     """The slabs of planes, and those of the fused array that are made of them; None without one."""
 
@@ -74,17 +88,18 @@ class Stages:
 
 
 def stage_bytes(grid: VolumeGrid, sizes: UnitSizes, rule: str, *, voxel_bytes: int, chunk_bytes: int, threads: int,
-                margin_px: int = 0, fused: bool = False) -> Stages:
+                margin_px: int = 0, mask: Mask | None = None, fused: bool = False) -> Stages:
     """Of the largest slabs. `voxel_bytes`, `chunk_bytes`: of a raw voxel and of a chunk of the input, decoded; `threads`:
     micro-batches computed at once; `margin_px`: around windows, where foreground is looked for."""
-    found = [_plane_bytes(grid.plane(name), sizes, rule, voxel_bytes, chunk_bytes, threads, margin_px) for name in grid.planes]
+    found = [_plane_bytes(grid.plane(name), sizes, rule, voxel_bytes, chunk_bytes, threads, margin_px, mask)
+             for name in grid.planes]
     planes = SlabBytes(max(f.read for f in found), max(f.held for f in found), max(f.compute for f in found),
                         sum(f.count for f in found))
     return Stages(planes, _fused_bytes(grid) if fused else None)
 
 
 def _plane_bytes(plane: PlaneGrid, sizes: UnitSizes, rule: str, voxel_bytes: int, chunk_bytes: int, threads: int,
-                 margin_px: int) -> SlabBytes:
+                 margin_px: int, mask: Mask | None) -> SlabBytes:
     grid, itemsize = plane.grid, np.dtype(plane.grid.dtype).itemsize
     depth = min(plane.planes_per_shard, plane.shape[plane.normal])
     rows, cols = (max(cuts(plane.shape[a], unit_tokens(plane, a, sizes.windows)), key=lambda cut, a=a: _reach(plane, a, cut))
@@ -96,6 +111,10 @@ def _plane_bytes(plane: PlaneGrid, sizes: UnitSizes, rule: str, voxel_bytes: int
     pixels = depth * (pixel_rows[1] - pixel_rows[0]) * (pixel_cols[1] - pixel_cols[0])
     read = slab_read_bytes(raw_bytes=along * read_rows * read_cols * voxel_bytes, read_pixels=depth * read_rows * read_cols,
                            pixels=pixels)
+    if mask is not None:
+        read += mask.box_bytes(depth * plane.pitch_nm[plane.normal],
+                               *((stop - first) * plane.pixel_nm for first, stop in (pixel_rows, pixel_cols)),
+                               axes=(plane.normal, *plane.axes))
     lattices = windows.lattices
     compute = slab_compute_bytes(tokens=depth * (rows[1] - rows[0]) * (cols[1] - cols[0]), dim=grid.dim, itemsize=itemsize,
                                  threads=threads, patch=grid.patch,

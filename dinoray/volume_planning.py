@@ -12,7 +12,7 @@ from dinoray.io.volume_grid import NORMAL, Triple, VolumeGrid
 from dinoray.io.volumes import Volume
 from dinoray.memory.budget import micro_batch
 from dinoray.slabs import UnitSizes, choose_sizes, fused_units, windows_in_all, windows_once
-from dinoray.volume_memory import Stages, stage_bytes
+from dinoray.volume_memory import Mask, Stages, stage_bytes
 
 MOST_ANISOTROPIC = 3.0
 """Voxels that differ by more than this give planes that are mostly interpolation."""
@@ -116,19 +116,22 @@ def _planes(job: ExtractVolumeJob, voxel: Triple, say: Callable[[str], None]) ->
     return (plane,)
 
 
-def stages_of(job: ExtractVolumeJob, grid: VolumeGrid, sizes: UnitSizes, volume: Volume, *, threads: int) -> Stages:
-    """What the slabs of a job take."""
+def stages_of(job: ExtractVolumeJob, grid: VolumeGrid, sizes: UnitSizes, volume: Volume, mask: Volume | None, *,
+              threads: int) -> Stages:
+    """What the slabs of a job take in memory."""
     itemsize = volume.dtype.itemsize
     return stage_bytes(grid, sizes, job.slice_sampling, voxel_bytes=itemsize,
                        chunk_bytes=prod(volume.chunks or (1, *volume.shape[1:])) * itemsize, threads=max(1, threads),
-                       margin_px=0 if job.foreground is None else grid.patch, fused=job.output == "fused")
+                       margin_px=0 if job.foreground is None else grid.patch,
+                       mask=None if mask is None else Mask(mask.voxel_size_nm, mask.shape, mask.dtype.itemsize),
+                       fused=job.output == "fused")
 
 
-def make_forecast(job: ExtractVolumeJob, grid: VolumeGrid, volume: Volume, *, threads: int) -> Forecast:
+def make_forecast(job: ExtractVolumeJob, grid: VolumeGrid, volume: Volume, mask: Volume | None = None, *, threads: int) -> Forecast:
     """What the job will compute and write. Raises BadRequest above `max_output_bytes` and `memory_bytes`."""
     sizes = choose_sizes(grid, job.unit_windows, job.unit_planes)
     forecast = Forecast(grid, sizes, job.output == "fused", windows_in_all(grid, sizes), windows_once(grid),
-                        stages_of(job, grid, sizes, volume, threads=threads))
+                        stages_of(job, grid, sizes, volume, mask, threads=threads))
     if forecast.output_bytes > job.max_output_bytes:
         raise BadRequest(f"the output would have {forecast.output_bytes:,} bytes before compression; the limit is "
                          f"{job.max_output_bytes:,}", where="--max-output-bytes",

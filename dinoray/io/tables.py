@@ -71,7 +71,7 @@ def as_vector_dtype(values: np.ndarray, dtype: str) -> np.ndarray:
     largest = max(values.max(initial=0), -values.min(initial=0))  # NaN where one is in it; no copy of the values is made
     if not np.isfinite(largest):
         raise ItemError("nonfinite", "the features hold NaN or infinity", todo="try precision=float32")
-    if dtype == "float16" and largest > np.finfo(np.float16).max:
+    if dtype == "float16" and largest > float(np.finfo(np.float16).max):
         raise ItemError("overflow", f"features reach {largest:.3g}, above float16's 65504", todo="use float32")
     return values.astype(dtype, copy=False)
 

@@ -58,7 +58,8 @@ class VolumeFeatureRunner(UnitRunner):
         self.job, self.volume, self.mask = job, volume, open_mask(job)
         share_arenas()  # before any thread begins
         # the slabs ahead get what a slab in work leaves of the budget
-        self._stages = stages_of(job, self.grid, UnitSizes(**plan.facts["unit_sizes"]), volume, threads=compute_threads)
+        self._stages = stages_of(job, self.grid, UnitSizes(**plan.facts["unit_sizes"]), volume, self.mask,
+                                 threads=compute_threads)
         super().__init__(plan, ledger, decode_threads=min(decode_threads, MOST_READERS),
                          prefetch_bytes=max(1, job.memory_bytes - self._stages.smallest))
         self.numerics = plan.facts["numerics"]

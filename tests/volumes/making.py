@@ -91,8 +91,10 @@ def _in_child(points: str, source: str, out: str, shallow: bool, fields: dict[st
 
 
 def run_in_child(points: str, source: Path, out: Path, *, shallow: bool = True, **fields: object) -> int:
-    """Run the job (with the SHALLOW backbone, which the children of isolated units would not know) in a process of its own that meets these failpoints; its exit code, -9 when it
-    was killed."""
+    """Run the job in a process of its own that meets these failpoints; its exit code, -9 when it was killed.
+
+    `shallow`: with the SHALLOW backbone, which the children of isolated units do not know.
+    """
     context = multiprocessing.get_context("forkserver")  # has torch loaded: a start takes a moment, not seconds
     context.set_forkserver_preload(["dinoray.runners.volume_features", "dinoray.resolve", "tests.volumes.making"])
     process = context.Process(target=_in_child, args=(points, str(source), str(out), shallow, fields))

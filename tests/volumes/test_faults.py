@@ -27,6 +27,7 @@ from dinoray.io.volume_arrays import shard_key, shards_of
 from dinoray.io.volume_grid import VolumeGrid
 from dinoray.runners.volume_slabs import slab_geometry
 from dinoray.slabs import Slab, UnitSizes, all_units, array_of, check_alone, choose_sizes, shard_keys, tokens_needed
+from dinoray.units import Plan
 from dinoray.verification import open_run, verify_deep, verify_fast
 from tests.runs import complete, data_objects
 from tests.volumes.making import (
@@ -155,7 +156,7 @@ def test_kills_of_the_driver_at_every_point_leave_the_bytes_of_a_clean_run(sourc
         assert code in (KILLED, 0), (point, code)
         forgive(out)
         struck += [point] if code == KILLED else []
-        if (out / "_dinoray/plan/index.json").exists() or list((out / "_dinoray/receipts").glob("*")):
+        if Plan.exists(LocalStore(out)):
             now = {str(p): (p.read_bytes(), p.stat().st_mtime_ns) for p in sorted((out / "dense").rglob("zarr.json"))}
             assert not metadata or now == metadata, f"{point}: metadata were written again"
             metadata = now
@@ -311,11 +312,11 @@ def slabs_of_chunk(grid: VolumeGrid, chunk: tuple[int, int, int], side: int) -> 
 
 def test_a_damaged_chunk_quarantines_the_slabs_that_need_it_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_backbone(monkeypatch, SHALLOW)
-    source, fields = make_volume(tmp_path / "v.zarr", (64, 640, 576)), {
+    source, fields = make_volume(tmp_path / "v.zarr", (32, 640, 320)), {
         "planes": "xy,yz", "output": "fused", "window_px": 128, "voxel_size": 64, "scaling": "dtype", "token_budget": 100}
     run_volume(source, tmp_path / "clean", **fields)
     expected = check_volume(tmp_path / "clean")
-    chunk = source / "0/c/0/0/17"
+    chunk = source / "0/c/0/0/9"
     whole = chunk.read_bytes()
     chunk.write_bytes(whole[:1000])
     outcome = run_volume(source, tmp_path / "out", **fields)
@@ -325,7 +326,7 @@ def test_a_damaged_chunk_quarantines_the_slabs_that_need_it_and_no_other(tmp_pat
     grid = VolumeGrid.read(plan.facts["grid"])
     rows = ledger.quarantine(receipts_of(tmp_path / "out")).to_pylist()
     reasons = {row["item_id"]: row["reason"] for row in rows}
-    needed = slabs_of_chunk(grid, (0, 0, 17), 32)
+    needed = slabs_of_chunk(grid, (0, 0, 9), 32)
     planned = [Slab.read(item.item_id) for unit in plan.units() for item in unit.items]
     fused = {slab.id for slab in planned if slab.array == "fused" and any(
         bad.array == name and all(a < d and c < b for a, b, c, d in zip(*tokens_needed(grid.plane(name), slab), bad.start,
@@ -333,7 +334,7 @@ def test_a_damaged_chunk_quarantines_the_slabs_that_need_it_and_no_other(tmp_pat
         for bad in map(Slab.read, needed) for name in grid.planes)}
     assert {i for i, reason in reasons.items() if reason != "missing_tokens"} == needed
     assert {i for i, reason in reasons.items() if reason == "missing_tokens"} == fused
-    assert {reasons[i] for i in needed} <= {"decode", "truncated"} and all("c/0/0/17" in r["message"] for r in rows
+    assert {reasons[i] for i in needed} <= {"decode", "truncated"} and all("c/0/0/9" in r["message"] for r in rows
                                                                           if r["item_id"] in needed)
     assert 0 < len(needed) < sum(slab.array != "fused" for slab in planned)
     assert 0 < len(fused) < sum(slab.array == "fused" for slab in planned)

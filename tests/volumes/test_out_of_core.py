@@ -78,3 +78,11 @@ def test_freed_memory_goes_back_to_the_system() -> None:
     give_back()
     assert sys.platform != "linux" or before - rss() > 40 * MB, (before, rss())
     assert kept.sum() == 20_000 and ARENAS >= 1
+
+
+def test_a_mask_counts_by_its_own_voxels() -> None:
+    from dinoray.volume_memory import Mask
+
+    coarse = Mask((32.0, 32.0, 64.0), (100, 100, 100), 1)
+    assert coarse.box_bytes(320, 640, 640, axes=(0, 1, 2)) == 11 * 21 * 11 * 2
+    assert coarse.box_bytes(640, 320, 10**6, axes=(2, 0, 1)) == 11 * 11 * 100 * 2, "never more than there is"
