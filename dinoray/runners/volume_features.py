@@ -12,19 +12,20 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
 
 from dinoray.config import ExtractVolumeJob
-from dinoray.errors import ItemError
+from dinoray.errors import ItemError, OutputDamaged
 from dinoray.generations import generations, quarantined_now
 from dinoray.io.fusion import fuse_box
 from dinoray.io.items import Item
 from dinoray.io.tables import as_vector_dtype
 from dinoray.io.volume_arrays import encode_shard, shard_key, shards_of
-from dinoray.io.volume_grid import ArraySpec, VolumeGrid
+from dinoray.io.volume_grid import ArraySpec, Shape, VolumeGrid
 from dinoray.io.volumes import Volume
 from dinoray.io.windows import TokenGrid
 from dinoray.io.zarr_reading import open_array
@@ -58,6 +59,8 @@ class VolumeFeatureRunner(UnitRunner):
         self.job, self.volume, self.mask = job, volume, open_mask(job)
         share_arenas()  # before any thread begins
         # the slabs ahead get what a slab in work leaves of the budget
+        self._found: set[str] = set()
+        """Shards of tokens that are there, or left out."""
         self._stages = stages_of(job, self.grid, UnitSizes(**plan.facts["unit_sizes"]), volume, self.mask,
                                  threads=compute_threads)
         super().__init__(plan, ledger, decode_threads=min(decode_threads, MOST_READERS),
@@ -101,14 +104,33 @@ class VolumeFeatureRunner(UnitRunner):
                          foreground=foreground)
 
     def _fuse(self, slab: Slab) -> np.ndarray:
-        """Fused features [D, z, y, x] float32 of a slab. Raises ItemError `missing_tokens`."""
+        """Fused features [D, z, y, x] float32 of a slab. Raises ItemError `missing_tokens`, OutputDamaged."""
         for name in self.grid.planes:
             start, stop = tokens_needed(self.grid.plane(name), slab)
             for bad in self._quarantined:
                 if bad.array == name and all(a < d and c < b for a, b, c, d in zip(start, stop, bad.start, bad.stop, strict=True)):
                     raise ItemError("missing_tokens", f"{slab.id} needs tokens of {bad.id}, which is quarantined",
                                     where=self.ledger.store.url, todo="`dinoray retry` tries both again")
+            self._check_stored(array_of(self.grid, name), start, stop)
         return fuse_box(self._readers, self.grid, slab.start, slab.stop)
+
+    def _check_stored(self, spec: ArraySpec, start: Shape, stop: Shape) -> None:
+        """An absent shard reads as NaN. Raises OutputDamaged for one that is absent though its receipt says it is stored."""
+        store = self.ledger.store
+        for place in product(*(range(a // s, -(-b // s)) for a, b, s in zip(start, stop, spec.shards, strict=True))):
+            key = shard_key(spec, place)  # type: ignore[arg-type]
+            if key in self._found:
+                continue
+            if not store.exists(key) and key not in self._empty:
+                raise OutputDamaged("a shard of tokens is gone", where=f"{store.url}/{key}",
+                                    todo="delete the receipt of its unit and run the same command again: it is made anew")
+            self._found.add(key)
+
+    @cached_property
+    def _empty(self) -> set[str]:
+        """Shards that receipts say were left out: background."""
+        return {key for part in generations(self.ledger.store)
+                for receipt in part.ledger.receipts(sorted(part.ledger.done() & set(part.plan.unit_ids))) for key in receipt.empty}
 
     @cached_property
     def _quarantined(self) -> list[Slab]:

@@ -15,6 +15,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,6 +26,7 @@ from dinoray.errors import BadRequest, ChangedRequest, OutputDamaged
 from dinoray.io.stores import LocalStore
 from dinoray.io.volume_arrays import shard_key, shards_of
 from dinoray.io.volume_grid import VolumeGrid
+from dinoray.io.zarr_reading import open_array
 from dinoray.runners.volume_slabs import slab_geometry
 from dinoray.slabs import Slab, UnitSizes, all_units, array_of, check_alone, choose_sizes, shard_keys, tokens_needed
 from dinoray.units import Plan
@@ -237,6 +239,50 @@ def test_a_torn_shard_without_a_receipt_is_replaced_and_with_one_is_named(source
     outcome = run_volume(source, out, output="fused")
     assert (outcome.exit_code, outcome.executed_units) == (0, 1)
     assert check_volume(out) == data_objects(clean)
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", "deleted"])
+def test_tokens_that_are_damaged_between_the_stages_stop_the_run_and_are_named(source: Path, clean: Path, out: Path,
+                                                                              how: str) -> None:
+    fused, shards = unit_of(out, "fused")
+    receipt, keys = unit_of(out, "xy")
+    (out / fused).unlink()
+    (out / shards[0]).unlink()
+    forgive(out)  # its first start did end well
+    if how == "deleted":
+        (out / keys[0]).unlink()
+    elif how == "flipped":  # in a compressed chunk, whose own checksum tells
+        data = bytearray((out / keys[0]).read_bytes())
+        data[len(data) // 2] ^= 1
+        (out / keys[0]).write_bytes(data)
+    else:
+        tear(out / keys[0], how)
+    with pytest.raises(OutputDamaged) as caught:
+        run_volume(source, out, output="fused")
+    assert keys[0] in f"{caught.value.where} {caught.value.what}"
+    assert not (out / fused).exists() and not (out / shards[0]).exists(), "nothing was made of what is not whole"
+    (out / receipt).unlink()
+    assert run_volume(source, out, output="fused").executed_units == 2
+    assert check_volume(out) == data_objects(clean)
+
+
+def test_background_that_is_left_out_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_backbone(monkeypatch, SHALLOW)
+    source, out = make_volume(tmp_path / "v.zarr"), tmp_path / "out"
+    for place in (2, 3):  # z from 64 on: chunks that are not stored are 0
+        shutil.rmtree(source / f"0/c/{place}")
+    run_volume(source, out, output="fused", foreground="1", scaling="dtype")
+    found = check_volume(out)
+    empty = {key for receipt in receipts_of(out) for key in receipt.empty}
+    assert empty and not empty & found.keys() and all("xy.zarr" in key for key in empty)
+    fused, shards = unit_of(out, "fused")
+    (out / fused).unlink()
+    (out / shards[0]).unlink()
+    forgive(out)
+    assert run_volume(source, out, output="fused", foreground="1", scaling="dtype").executed_units == 1
+    assert check_volume(out) == found
+    features = open_array(LocalStore(out), "fused")[:]
+    assert np.isnan(features[:, 20:]).all() and np.isfinite(features[:, :8]).any()
 
 
 def test_a_shard_that_no_receipt_names_is_named_by_verify(out: Path) -> None:
