@@ -57,10 +57,14 @@ class Taps:
 
 
 def linear_taps(positions: np.ndarray, size: int) -> Taps:
-    """Between the two nearest voxels; on a voxel's centre that voxel alone."""
+    """Between the two nearest voxels; on a voxel's centre that voxel alone. In the outer half of the first and the last
+    voxel the line goes on, so that places are exact up to the volume's faces; beyond them the volume is reflected."""
     nearest = np.rint(positions)
     positions = np.where(np.abs(positions - nearest) < _EXACT, nearest, positions)
     low = np.floor(positions).astype(np.int64)
+    if size > 1:
+        low = np.where((positions < 0) & (positions > -0.5 - _EXACT), 0, low)
+        low = np.where((positions > size - 1) & (positions < size - 0.5 + _EXACT), size - 2, low)
     share = (positions - low).astype(np.float32)
     if not share.any():
         return Taps(reflect(low, size)[:, None], np.ones((len(low), 1), np.float32))
@@ -77,45 +81,50 @@ def pixel_taps(plane: PlaneGrid, axis: int, first: int, count: int) -> Taps:
 
 
 def plane_taps(plane: PlaneGrid, first: int, stop: int, rule: str) -> Taps:
-    """Target planes [first, stop) by the job's `slice_sampling`."""
+    """Target planes [first, stop) by the job's `slice_sampling`. A last plane whose centre lies beyond the volume (its size is
+    no multiple of G) is taken at the volume's face."""
     axis = plane.normal
     size, ratio = plane.grid.shape[axis], plane.grid.target_nm[axis] / plane.grid.voxel_nm[axis]
     planes = np.arange(first, stop)
-    centres = (planes + 0.5) * ratio - 0.5
+    centres = np.clip((planes + 0.5) * ratio - 0.5, -0.5, size - 0.5)
     if rule == "interpolate":
         return linear_taps(centres, size)
     if rule == "nearest":  # the lower one of two equally near
-        return Taps(reflect(np.ceil(centres - 0.5 - _EXACT).astype(np.int64), size)[:, None], np.ones((len(planes), 1), np.float32))
+        nearest = np.clip(np.ceil(centres - 0.5 - _EXACT).astype(np.int64), 0, size - 1)
+        return Taps(nearest[:, None], np.ones((len(planes), 1), np.float32))
     if rule == "linspace":
         return Taps(np.linspace(0, size - 1, plane.shape[axis], dtype=int)[planes][:, None], np.ones((len(planes), 1), np.float32))
     if rule == "antialias":
-        return _box_taps(planes, ratio, size)
+        return _box_taps(planes, centres, ratio, size)
     raise ValueError(f"no rule is called {rule!r}")
 
 
-def _box_taps(planes: np.ndarray, ratio: float, size: int) -> Taps:
-    """The mean over [k ratio, (k + 1) ratio) voxels: by how much of each voxel lies in it.
+def _box_taps(planes: np.ndarray, centres: np.ndarray, ratio: float, size: int) -> Taps:
+    """The mean over [k ratio, (k + 1) ratio) voxels, as far as they are there: by how much of each voxel lies in it.
 
     Where a border cuts a voxel, its centre is not that of the part inside; the weights of the first and the last voxel
     make up for it, so that the centre of mass is the plane's own.
     """
-    if ratio <= 1 + _EXACT:
-        return linear_taps((planes + 0.5) * ratio - 0.5, size)
-    count = ceil(ratio - _EXACT) + 1
+    count = max(2, ceil(ratio - _EXACT) + 1)
     indices, weights = np.zeros((len(planes), count), np.int64), np.zeros((len(planes), count), np.float32)
-    for row, k in enumerate(planes.tolist()):
+    for row, (k, centre) in enumerate(zip(planes.tolist(), centres.tolist(), strict=True)):
         low, high = k * ratio, (k + 1) * ratio
         start = floor(low + _EXACT)
         voxels = np.arange(start, start + count)
-        share = np.clip(np.minimum(voxels + 1, high) - np.maximum(voxels, low), 0, None)
+        share = np.clip(np.minimum(voxels + 1, min(high, size)) - np.maximum(voxels, low), 0, None)
         share[share < _EXACT] = 0
-        share /= share.sum()
         inside = np.flatnonzero(share)
-        shift = ((low + high - 1) / 2 - share @ voxels) / (inside[-1] - inside[0])
-        if abs(shift) > _EXACT:
-            share[inside[0]] -= shift
-            share[inside[-1]] += shift
-        indices[row], weights[row] = reflect(voxels, size), share
+        if len(inside) < 2:  # within one voxel: between the two nearest
+            taps = linear_taps(np.array([centre]), size)
+            voxels, share = np.zeros(count, np.int64), np.zeros(count)
+            voxels[:taps.indices.shape[1]], share[:taps.indices.shape[1]] = taps.indices[0], taps.weights[0]
+        else:
+            share /= share.sum()
+            shift = (centre - share @ voxels) / (inside[-1] - inside[0])
+            if abs(shift) > _EXACT:
+                share[inside[0]] -= shift
+                share[inside[-1]] += shift
+        indices[row], weights[row] = np.where(share != 0, voxels, 0), share
     return Taps(indices, weights)
 
 

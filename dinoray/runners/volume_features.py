@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from typing import Any
@@ -35,7 +36,7 @@ from dinoray.memory.meter import reset_rss_peak, rss, rss_peak
 from dinoray.runners.base import READ_AHEAD_PER_THREAD, Finish, Loaded, UnitRunner
 from dinoray.runners.image_features import device_kind
 from dinoray.runners.volume_slabs import PreparedSlab, above, inside, read_slab
-from dinoray.slabs import Slab, UnitSizes, array_of, tokens_needed
+from dinoray.slabs import Slab, UnitSizes, array_of, shard_keys, tokens_needed
 from dinoray.units import Plan, Unit
 from dinoray.vision.backbone import Backbone
 from dinoray.vision.extractor import Crop, Extractor, column_names
@@ -46,6 +47,15 @@ MOST_READERS = 4
 """Threads that read slabs, at most: each holds one."""
 SHARDS_IN_FLIGHT = 3
 """Shards that are being encoded or stored while the next ones are cut."""
+
+
+@dataclass
+class FusedSlab:
+    """`values` float32 [D, z, y, x], NaN where `missing` (bool [1, z, y, x]); `error`: why, when it is not background."""
+
+    values: np.ndarray
+    missing: np.ndarray
+    error: ItemError | None = None
 
 
 class VolumeFeatureRunner(UnitRunner):
@@ -93,7 +103,7 @@ class VolumeFeatureRunner(UnitRunner):
 
     # ---------------------------------------------------------------- decode threads
 
-    def load(self, item: Item) -> PreparedSlab | np.ndarray:
+    def load(self, item: Item) -> PreparedSlab | FusedSlab:
         slab = Slab.read(item.item_id)
         if slab.array == "fused":
             return self._fuse(slab)
@@ -103,16 +113,21 @@ class VolumeFeatureRunner(UnitRunner):
         return read_slab(self.volume, self.grid, slab, self.job.slice_sampling, per_slice=self.job.scaling == "slice",
                          foreground=foreground)
 
-    def _fuse(self, slab: Slab) -> np.ndarray:
-        """Fused features [D, z, y, x] float32 of a slab. Raises ItemError `missing_tokens`, OutputDamaged."""
+    def _fuse(self, slab: Slab) -> FusedSlab:
+        """Fused features of a slab. Raises ItemError `missing_tokens` when there is none, OutputDamaged."""
+        error = None
         for name in self.grid.planes:
             start, stop = tokens_needed(self.grid.plane(name), slab)
             for bad in self._quarantined:
                 if bad.array == name and all(a < d and c < b for a, b, c, d in zip(start, stop, bad.start, bad.stop, strict=True)):
-                    raise ItemError("missing_tokens", f"{slab.id} needs tokens of {bad.id}, which is quarantined",
-                                    where=self.ledger.store.url, todo="`dinoray retry` tries both again")
+                    error = ItemError("missing_tokens", f"tokens of {bad.id} are needed, which is quarantined",
+                                      where=self.ledger.store.url, todo="`dinoray retry` tries both again")
             self._check_stored(array_of(self.grid, name), start, stop)
-        return fuse_box(self._readers, self.grid, slab.start, slab.stop)
+        values = fuse_box(self._readers, self.grid, slab.start, slab.stop)
+        missing = np.isnan(values[:1])  # all features or none
+        if error is not None and missing.all():
+            raise error
+        return FusedSlab(values, missing, error if missing.any() else None)
 
     def _check_stored(self, spec: ArraySpec, start: Shape, stop: Shape) -> None:
         """An absent shard reads as NaN. Raises OutputDamaged for one that is absent though its receipt says it is stored."""
@@ -121,20 +136,23 @@ class VolumeFeatureRunner(UnitRunner):
             key = shard_key(spec, place)  # type: ignore[arg-type]
             if key in self._found:
                 continue
-            if not store.exists(key) and key not in self._empty:
+            if not store.exists(key) and key not in self._absent:
                 raise OutputDamaged("a shard of tokens is gone", where=f"{store.url}/{key}",
                                     todo="delete the receipt of its unit and run the same command again: it is made anew")
             self._found.add(key)
 
     @cached_property
-    def _empty(self) -> set[str]:
-        """Shards that receipts say were left out: background."""
-        return {key for part in generations(self.ledger.store)
-                for receipt in part.ledger.receipts(sorted(part.ledger.done() & set(part.plan.unit_ids))) for key in receipt.empty}
+    def _absent(self) -> set[str]:
+        """Shards that need not be there: background, by the receipts, and those of slabs that are quarantined."""
+        found = {key for slab in self._quarantined for key in shard_keys(self.grid, slab)}
+        for part in generations(self.ledger.store):
+            for receipt in part.ledger.receipts(sorted(part.ledger.done() & set(part.plan.unit_ids))):
+                found.update(receipt.empty)
+        return found
 
     @cached_property
     def _quarantined(self) -> list[Slab]:
-        """The slabs of planes that have no tokens: all planes are done when the first fused slab is read."""
+        """The slabs of planes that lack tokens: all planes are done when the first fused slab is read."""
         rows = quarantined_now(generations(self.ledger.store)).to_pylist()
         return [slab for row in rows if (slab := Slab.read(row["item_id"])).array != "fused"]
 
@@ -169,14 +187,17 @@ class VolumeFeatureRunner(UnitRunner):
                     seconds["prepare"] += value.prepare_s
                     tokens = self._tokens(value, seconds)
                 else:
-                    tokens = _cast(value, np.isnan(value[None, 0]), self.job.dense_dtype)  # all features or none
+                    tokens = _cast(value.values, value.missing, self.job.dense_dtype)
+                lacking = value.error
             except ItemError as error:
                 bad[position] = error
                 continue
             finally:
                 del value
-            receipt.row_items += 1
-            self._put_slab(slab, tokens, receipt, shards, stored, seconds)
+            if lacking is not None:  # quarantined, but what it has is stored
+                bad[position] = lacking
+            receipt.row_items += lacking is None
+            self._put_slab(slab, tokens, receipt if lacking is None else None, shards, stored, seconds)
             del tokens
         receipt.numerics = self._used_numerics(degraded=self.extractor.split_batches > split_before)
         most_ahead = READ_AHEAD_PER_THREAD * self.decode_threads
@@ -207,7 +228,7 @@ class VolumeFeatureRunner(UnitRunner):
     def _tokens(self, slab: PreparedSlab, seconds: dict[str, float]) -> np.ndarray:
         """The tokens [D, z, y, x] of a slab in the stored dtype, NaN where they were skipped."""
         found = TokenGrid(slab.windows, slab.num_planes, self.grid.dim)
-        for window, first in slab.skipped:
+        for window, first in (*slab.skipped, *slab.lost):
             found.skip(window, first, self.grid.micro_batch)
         running: deque[tuple[Any, int, Future]] = deque()
 
@@ -248,16 +269,18 @@ class VolumeFeatureRunner(UnitRunner):
         except ItemError as error:  # one window is too large for the device: the slab is at fault, not the run
             return error, time.monotonic() - began
 
-    def _put_slab(self, slab: Slab, tokens: np.ndarray, receipt: Receipt, shards: deque[Future[StoredObject]],
+    def _put_slab(self, slab: Slab, tokens: np.ndarray, receipt: Receipt | None, shards: deque[Future[StoredObject]],
                   stored: list[StoredObject], seconds: dict[str, float]) -> None:
-        """Hand the slab's shards to the writers; those without a single value are not stored."""
+        """Hand the slab's shards to the writers; those without a single value are not stored. `receipt` counts the
+        tokens; None for a slab that is quarantined: a retry will count them."""
         spec = array_of(self.grid, slab.array)
         for place, start, stop in shards_of(spec, slab.start, slab.stop):
             values = tokens[(slice(None), *(slice(a - o, b - o) for a, b, o in zip(start, stop, slab.start, strict=True)))]
             known = int(np.count_nonzero(~np.isnan(values[0])))
-            receipt.rows += known
+            if receipt is not None:
+                receipt.rows += known
+                receipt.empty += [] if known else [shard_key(spec, place)]
             if not known:
-                receipt.empty.append(shard_key(spec, place))
                 continue
             began = time.monotonic()
             while len(shards) >= SHARDS_IN_FLIGHT:

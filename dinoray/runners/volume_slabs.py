@@ -22,13 +22,16 @@ Batch = tuple[Window, int]
 
 @dataclass
 class PreparedSlab:
-    """`pixels` float32 [planes, rows, cols]; `batches` are computed, `skipped` are background."""
+    """`pixels` float32 [planes, rows, cols]; `batches` are computed, `skipped` are background, `lost` cannot be read
+    (`error` says why)."""
 
     windows: SlabWindows
     pixels: np.ndarray
     num_planes: int
     batches: list[Batch] = field(default_factory=list)
     skipped: list[Batch] = field(default_factory=list)
+    lost: list[Batch] = field(default_factory=list)
+    error: ItemError | None = None
     read_s: float = 0.0
     prepare_s: float = 0.0
     num_bytes: int = 0
@@ -47,29 +50,68 @@ def read_slab(volume: Volume, grid: VolumeGrid, slab: Slab, rule: str, *, per_sl
     """Read a slab of a plane. `per_slice`: each target plane is stretched to 0..255 and rounded down, as the original
     does; `foreground` makes, of a slab, the test whether a batch has any.
 
-    Raises ItemError `nan`, what `Volume.read` raises.
+    Raises ItemError `nan`, and what `Volume.read` raises, when no window of the slab can be read.
     """
     margin = grid.patch if foreground is not None else 0
     windows, taps = slab_geometry(grid, slab, rule, margin_px=margin)
     began = time.monotonic()
-    raw = taps.read_raw(volume.read)
-    read_s, num_bytes = time.monotonic() - began, raw.nbytes
-    if raw.dtype.kind == "f" and not np.isfinite(raw).all():
-        bad = raw.size - int(np.count_nonzero(np.isfinite(raw)))
-        raise ItemError("nan", f"{bad} of the {raw.size} voxels that slab {slab.id} needs are NaN or infinite",
-                        where=volume.ref.uri, todo="fill or mask them, or leave them out with --crop or --foreground")
-    pixels = taps.pixels(raw)
-    del raw
+    prepared = PreparedSlab(windows, np.empty(0, np.float32), slab.shape[windows.plane.normal])
+    try:
+        prepared.pixels = _pixels(volume, taps, prepared)
+    except ItemError as error:
+        if per_slice:  # the range of a slice needs all of it
+            raise
+        _read_windows(volume, grid, slab, rule, prepared, error)
     if per_slice:
+        pixels = prepared.pixels
         low, high = pixels.min(axis=(1, 2), keepdims=True), pixels.max(axis=(1, 2), keepdims=True)
         span = np.where(high > low, high - low, np.float32(1))
-        pixels = np.floor((pixels - low) / span * np.float32(255))
-    prepared = PreparedSlab(windows, pixels, slab.shape[windows.plane.normal], read_s=read_s, num_bytes=num_bytes)
+        prepared.pixels = np.floor((pixels - low) / span * np.float32(255))
     has_foreground = (lambda batch: True) if foreground is None else foreground(prepared, windows.plane)
     for batch in batches(prepared, grid.micro_batch):
-        (prepared.batches if has_foreground(batch) else prepared.skipped).append(batch)
-    prepared.prepare_s = time.monotonic() - began - read_s
+        if batch not in prepared.lost:
+            (prepared.batches if has_foreground(batch) else prepared.skipped).append(batch)
+    prepared.prepare_s = time.monotonic() - began - prepared.read_s
     return prepared
+
+
+def _pixels(volume: Volume, taps: SlabTaps, prepared: PreparedSlab) -> np.ndarray:
+    """The pixels of a box. Raises ItemError `nan`, and what `Volume.read` raises."""
+    began = time.monotonic()
+    raw = taps.read_raw(volume.read)
+    prepared.read_s += time.monotonic() - began
+    prepared.num_bytes += raw.nbytes
+    if raw.dtype.kind == "f" and not np.isfinite(raw).all():
+        bad = raw.size - int(np.count_nonzero(np.isfinite(raw)))
+        raise ItemError("nan", f"{bad} of {raw.size} voxels are NaN or infinite", where=volume.ref.uri,
+                        todo="fill or mask them, or leave them out with --crop")
+    return taps.pixels(raw)
+
+
+def _read_windows(volume: Volume, grid: VolumeGrid, slab: Slab, rule: str, prepared: PreparedSlab, error: ItemError) -> None:
+    """Read each window of a slab by itself, after `error` came up in all of it: only those that it lies in are lost.
+
+    Raises `error` when all are.
+    """
+    windows = prepared.windows
+    boxes = windows.pixel_box()
+    (top, bottom), (left, right) = boxes
+    first_plane = slab.start[windows.plane.normal]
+    prepared.pixels = np.zeros((prepared.num_planes, bottom - top, right - left), np.float32)
+    found = list(batches(prepared, grid.micro_batch))
+    for batch in found:
+        planes, rows, cols = _extent(prepared, batch, grid.micro_batch)
+        taps = slab_taps(windows.plane, (first_plane + planes.start, first_plane + planes.stop),
+                         (top + rows.start, top + rows.stop), (left + cols.start, left + cols.stop), rule)
+        try:
+            prepared.pixels[planes, rows, cols] = _pixels(volume, taps, prepared)
+        except ItemError:
+            prepared.lost.append(batch)
+    if len(prepared.lost) == len(found):
+        raise error
+    if prepared.lost:
+        prepared.error = ItemError(error.reason, f"{len(prepared.lost)} of {len(found)} batches of windows cannot be read: "
+                                   f"{error.what}", where=error.where, todo=error.todo)
 
 
 def batches(slab: PreparedSlab, micro_batch: int) -> Iterator[Batch]:
