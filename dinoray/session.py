@@ -142,6 +142,12 @@ class Session:
             self.say(note)
         self.say(f"look at it: dinoray report {out}")
         done = f"{_count(tally.items, self.job.noun)}, {_count(tally.rows, self.job.row_noun)}"
+        planned = generations(self.store)[0].plan.facts.get("num_tokens")
+        if planned is not None:
+            done += f" of {planned:,} ({tally.rows / planned:.1%})"
+            if not tally.rows:
+                self.say("not one token was computed: " + ("every slab is quarantined" if tally.quarantined else
+                         "there is no foreground (--foreground) anywhere in this volume"))
         self.say(f"dinoray {outcome.fingerprint}  complete: {done}{bad}  "
                  f"output {outcome.out}  same command again: {outcome.resume_command}")
         return outcome

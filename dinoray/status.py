@@ -25,6 +25,8 @@ def status_lines(out: str) -> Iterator[str]:
     yield f"{parts[0].plan.facts['fingerprint']}  {out}"
     yield f"units   {tally.units} of {units} done, {units - tally.units} pending"
     noun, rows = ("slabs", "tokens") if parts[0].plan.facts.get("kind") == "volume" else ("images", "rows")
+    planned = parts[0].plan.facts.get("num_tokens")
+    rows += "" if planned is None else f" of {planned} ({tally.rows / planned:.1%})"
     yield f"{noun:<7} {tally.items} of {items} done, {tally.rows} {rows}, {tally.quarantined} quarantined"
     for reason, count in sorted(tally.reasons.items(), key=lambda pair: -pair[1]):
         yield f"        {count:>8}  {reason}"

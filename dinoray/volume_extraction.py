@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 from dinoray.config import ExtractVolumeJob, canonical_json
@@ -102,7 +103,8 @@ def seal_volume(session: Session, volume: Volume, forecast: Forecast, inputs: li
             writer.add(item_row(item), item_digest(item))
             num_items += 1
         writer.end_unit()
-    writer.seal(num_items=num_items, num_bytes=volume.ref.size, inputs=inputs, arrays=arrays,
+    writer.seal(num_tokens=sum(prod(spec.shape) for spec in grid.arrays(fused=fused)), num_items=num_items,
+                num_bytes=volume.ref.size, inputs=inputs, arrays=arrays,
                 unit_sizes={"windows": forecast.sizes.windows, "planes": forecast.sizes.planes},
                 forecast={"windows": forecast.windows, "windows_once": forecast.windows_once,
                           "amplification": round(forecast.amplification, 4), "output_bytes": forecast.output_bytes},

@@ -1,6 +1,7 @@
 """`retry` of a volume: its quarantined slabs are planned again, with the volume as it is now.
 
-A quarantined slab stored nothing, so that its shards are put for the first time: what was committed stays as it is.
+Shards of such slabs are put anew, whole ones by the same bytes; no other object is touched. The latest receipt that names
+a shard counts.
 """
 
 from __future__ import annotations

@@ -89,6 +89,15 @@ def test_what_is_skipped_does_not_depend_on_the_units(source: Path, mask: Path, 
     assert data_objects(tmp_path / "one") == data_objects(tmp_path / "many")
 
 
+def test_no_foreground_at_all_is_said(source: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    job = ExtractVolumeJob(sources=(str(source),), out=str(tmp_path / "out"), model="vitt16", weights="random:0", no_ray=True,
+                           raw_voxel_size=(8,), window_px=64, halo_px=16, foreground="255")
+    assert extract_volume(job, say=lines.append).exit_code == 0
+    assert any("not one token was computed" in line and "--foreground" in line for line in lines)
+    assert "(0.0%)" in lines[-1] and not any("/c/" in key for key in data_objects(tmp_path / "out"))
+
+
 def test_a_mask_without_a_scale_is_refused(source: Path, tmp_path: Path) -> None:
     zarr.create_array(str(tmp_path / "plain.zarr"), shape=SHAPE, chunks=(32, 64, 64), dtype="bool")[:] = True
     with pytest.raises(BadRequest, match="the mask cannot be used.*voxel size"):
