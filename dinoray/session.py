@@ -144,7 +144,8 @@ class Session:
         done = f"{_count(tally.items, self.job.noun)}, {_count(tally.rows, self.job.row_noun)}"
         planned = generations(self.store)[0].plan.facts.get("num_tokens")
         if planned is not None:
-            done += f" of {planned:,} ({tally.rows / planned:.1%})"
+            partly = ", those of quarantined slabs not counted" if tally.quarantined else ""
+            done += f" of {planned:,} ({tally.rows / planned:.1%}{partly})"
             if not tally.rows:
                 self.say("not one token was computed: " + ("every slab is quarantined" if tally.quarantined else
                          "there is no foreground (--foreground) anywhere in this volume"))

@@ -22,6 +22,7 @@ class ArrayTotals:
 
     covered: int = 0
     computed: int = 0
+    """Tokens of slabs that are not quarantined; of those that are, some may be stored."""
     windows: int = 0
     """Windows of finished slabs, those of the background included."""
     shards: int = 0
@@ -31,6 +32,8 @@ class ArrayTotals:
     places: list[Shape] = field(default_factory=list)
     """Of stored shards, in plan order, thinned to MOST_PLACES."""
     _step: int = 1
+    _partial: dict[str, int] = field(default_factory=dict)
+    """Bytes of shards, of units with quarantined slabs, that a retry may replace."""
 
     def store(self, place: Shape, num_bytes: int) -> None:
         """Count a stored shard."""
@@ -64,7 +67,14 @@ class VolumeTotals:
             totals.windows += sum(windows_of(self.grid, slab) for slab in slabs)
         folder = array_key(slabs[0].array) + "/c/0/"
         for stored in receipt.objects:
-            if stored.key.startswith(folder):
+            if not stored.key.startswith(folder):
+                continue
+            if receipt.quarantined and not again:
+                totals._partial[stored.key] = stored.bytes
+            if again and stored.key in totals._partial:
+                totals.num_bytes += stored.bytes - totals._partial[stored.key]
+                totals._partial[stored.key] = stored.bytes
+            else:
                 totals.store(tuple(map(int, stored.key.removeprefix(folder).split("/"))), stored.bytes)  # type: ignore[arg-type]
         totals.empty_shards += len(receipt.empty)
         self.predicted_bytes = max(self.predicted_bytes, receipt.memory.get("predicted", 0))

@@ -118,8 +118,11 @@ def test_quarantined_and_skipped_slabs_are_counted_and_placed(troubled: str, tmp
     covered = sum(np.prod(spec.shape) for spec in grid.arrays(fused=True))
     skipped = covered - lost - sum(t.computed for t in totals.values())
     assert skipped > 0 and sum(t.covered for t in totals.values()) == covered
-    values = {name: int(np.isfinite(_whole(troubled, name)[0]).sum()) for name in ("xy", "xz", "yz", "fused")}
-    assert values == {name: t.computed for name, t in totals.items()}
+    for name, total in totals.items():  # of quarantined slabs what could be read is stored, and not counted as computed
+        bad = [Slab.read(row["item_id"]) for row in run.quarantined.to_pylist() if row["item_id"].startswith(name)]
+        values = np.isfinite(_whole(troubled, name)[0])
+        partly = sum(int(values[tuple(slice(a, b) for a, b in zip(slab.start, slab.stop, strict=True))].sum()) for slab in bad)
+        assert total.computed == values.sum() - partly and (partly > 0 or not bad)
     assert "dinoray.open_features" in source and "dense/fused.zarr" in page.text
 
 
