@@ -13,6 +13,7 @@ from dinoray.io.volumes import Volume
 from dinoray.memory.budget import micro_batch
 from dinoray.slabs import UnitSizes, choose_sizes, fused_units, windows_in_all, windows_once
 from dinoray.volume_memory import Mask, Stages, stage_bytes
+from dinoray.wording import count_bytes, plural
 
 MOST_ANISOTROPIC = 3.0
 """Voxels that differ by more than this give planes that are mostly interpolation."""
@@ -52,7 +53,7 @@ class Forecast:
         window = ", ".join(f"{plane} {'x'.join(map(str, side))}" for plane, side in sides.items())
         return [f"volume of {'x'.join(map(str, grid.shape))} voxels of {nm(grid.voxel_nm)} (z, y, x); "
                 f"target voxel {nm(grid.target_nm)}; arrays of {grid.dim} features: {arrays}",
-                f"{self.windows:,} windows ({window} px), {self.amplification:.2f} times those of one unit; output at most "
+                f"{plural(self.windows, 'window')} ({window} px), {self.amplification:.2f} times those of one unit; output at most "
                 f"{count_bytes(self.output_bytes)}; {count_bytes(self.slabs.smallest)} of memory for a slab"]
 
 
@@ -155,14 +156,6 @@ def _too_much_memory(job: ExtractVolumeJob, forecast: Forecast) -> BadRequest:
         smaller = f"smaller units (--unit-windows; now {forecast.sizes.windows}), " if forecast.sizes.windows > 1 else ""
         remedies.append(f"take {smaller}a smaller --window-px or a coarser --voxel-size")
     return BadRequest(what, where="--memory-bytes", todo=", or ".join(remedies))
-
-
-def count_bytes(number: int) -> str:
-    """`6,710,886,400 bytes (6.7 GB)`."""
-    for unit, name in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB")):
-        if number >= unit:
-            return f"{number:,} bytes ({number / unit:.3g} {name})"
-    return f"{number:,} bytes"
 
 
 def count_units(forecast: Forecast) -> tuple[int, int]:

@@ -58,7 +58,7 @@ class Source:
     def open(self, part: Part) -> Iterator[pq.ParquetFile]:
         """The file of a part. Raises OutputDamaged for one that cannot be read or has not the receipt's rows."""
         where = f"{self.store.url}/{part.key}"
-        todo = "`dinoray verify --deep` lists all damage; delete the receipts of the units named and run the same command again"
+        todo = "`dinoray verify --deep` lists all damage; delete the receipts that it names and run the same command again"
         try:
             with self.store.open(part.key) as file:
                 opened = pq.ParquetFile(file)

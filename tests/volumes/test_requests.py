@@ -20,7 +20,7 @@ from dinoray.slabs import choose_sizes, windows_in_all, windows_once
 from dinoray.volume_extraction import extract_volume
 from dinoray.volume_inputs import volume_request
 from dinoray.volume_memory import chunks_touched
-from dinoray.volume_planning import Forecast, count_bytes, make_forecast, make_grid
+from dinoray.volume_planning import Forecast, make_forecast, make_grid
 from tests.runs import complete, use_tiny_backbone
 
 
@@ -150,8 +150,3 @@ def test_chunks_touched_is_never_too_few(origin: int, indices: list[int], chunk:
     touched = len(set(((found + origin) // chunk).tolist()))
     assert touched <= chunks_touched(found, chunk, 1000) <= len(indices)
     assert chunks_touched(found, chunk, touched) == touched, "never more than there are"
-
-
-def test_bytes_are_said_in_units_too() -> None:
-    assert [count_bytes(n) for n in (999, 6_700_000_000, 2 * 10**12, 1_500_000)] == [
-        "999 bytes", "6,700,000,000 bytes (6.7 GB)", "2,000,000,000,000 bytes (2 TB)", "1,500,000 bytes (1.5 MB)"]
