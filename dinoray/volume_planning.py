@@ -19,6 +19,8 @@ MOST_ANISOTROPIC = 3.0
 """Voxels that differ by more than this give planes that are mostly interpolation."""
 MOST_BATCH = 16
 """Target planes of one micro-batch, at most: a shard holds whole micro-batches."""
+MANY_VOXELS = 8
+"""Above, a target voxel as long as the volume is noticed: the voxel size may have been given in another unit."""
 SMALL_TARGET = 1.0 - 1e-6
 
 
@@ -72,6 +74,10 @@ def make_grid(job: ExtractVolumeJob, volume: Volume, *, patch: int, dim: int, to
             raise BadRequest(f"{name}={value} is not a multiple of the patch size {patch}", where="--" + name.replace("_", "-"),
                              todo=f"use {max(patch, value // patch * patch)} or {(value // patch + 1) * patch}")
     target = _target(job, voxel)
+    for axis, name in enumerate("zyx"):
+        if volume.shape[axis] > MANY_VOXELS and target[axis] >= volume.shape[axis] * voxel[axis] * SMALL_TARGET:
+            say(f"a target voxel is {target[axis]:g} nm along {name}, all {volume.shape[axis]} voxels are "
+                f"{volume.shape[axis] * voxel[axis]:g} nm: is --voxel-size in nm?")
     planes = _planes(job, voxel, say)
     batch = 1
     most = min(MOST_BATCH, micro_batch(token_budget, (job.window_px // patch) ** 2 + 5))

@@ -105,7 +105,10 @@ class Source:
 def open_source(url: str, *, partial: bool = False) -> Source:
     """The files of a finished output. Raises BadRequest for no output, or an unfinished one unless `partial`;
     OutputDamaged when a file is missing or of another size than its receipt says (left out with `partial`)."""
-    store, _, _ = open_run(url)
+    store, plan, _ = open_run(url)
+    if plan.facts.get("kind") == "volume":
+        raise BadRequest("these are features of a volume: boxes, not a table of rows", where=url, todo="read boxes of them with "
+                         "dinoray.open_features(OUT)[z0:z1, y0:y1, x0:x1] in Python, or open OUT/dense/*.zarr")
     found = dict(store.list("features"))
     parts: list[Part] = []
     damaged: list[str] = []

@@ -62,14 +62,26 @@ def test_what_cannot_be_done_is_refused_before_it_begins(source: Path, tmp_path:
 
 
 @pytest.mark.parametrize(("fields", "words"), [
-    ({"planes": "xy,zz"}, "planes"), ({"raw_voxel_size": "8,8"}, "raw_voxel_size"), ({"voxel_size": -1}, "voxel_size"),
-    ({"crop": "1:2"}, "crop"), ({"window_px": 64, "halo_px": 32}, "halo_px"), ({"sources": ["a", "b"]}, "sources"),
-    ({"slice_sampling": "cubic"}, "slice_sampling"), ({"foreground": "s3://k:secret@bucket/mask.zarr"}, "password"),
+    ({"planes": "xy,zz"}, "--planes: 'xy,zz'"), ({"raw_voxel_size": "8,8"}, "--raw-voxel-size: one"),
+    ({"voxel_size": -1}, "--voxel-size: one"),
+    ({"crop": "1:2"}, "valid:\n  --crop: '1:2' is not"), ({"window_px": 64, "halo_px": 32}, "--halo-px"), ({"sources": ["a", "b"]}, "sources"),
+    ({"slice_sampling": "cubic"}, "--slice-sampling: "), ({"foreground": "s3://k:secret@bucket/mask.zarr"}, "password"),
 ])
 def test_what_makes_no_sense_is_refused_by_the_job(tmp_path: Path, fields: dict, words: str) -> None:
     with pytest.raises(BadRequest, match=words) as caught:
         job("em.zarr", tmp_path / "out", **fields)
     assert "secret@" not in str(caught.value)
+
+
+def test_a_target_voxel_as_long_as_the_volume_is_noticed(source: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    for size in (64, 512, 5000, "16,64,1040"):
+        one = job(source, tmp_path / "out", voxel_size=size)
+        with open_volume(volume_request(one)) as volume:
+            make_grid(one, volume, patch=16, dim=192, token_budget=2048, say=said.append)
+    noticed = [line for line in said if "is --voxel-size in nm?" in line]
+    assert [line.split(" along ")[1][0] for line in noticed] == list("z" "zyx" "x"), said
+    assert noticed[0] == "a target voxel is 512 nm along z, all 64 voxels are 512 nm: is --voxel-size in nm?"
 
 
 def test_values_may_be_written_in_several_ways(tmp_path: Path) -> None:
