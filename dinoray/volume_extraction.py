@@ -57,8 +57,10 @@ def extract_volume(job: ExtractVolumeJob, say: Callable[[str], None] = print, *,
         say(f"dinoray {resolved.fingerprint}  {resolved.description}  output {job.out}  resume with: {command}")
         for note in volume.notes:
             say(note)
-        mask = open_mask(job)
+        mask = open_mask(job, volume)
         if mask is not None:
+            for note in mask.notes:
+                say(f"mask: {note}")
             check_mask(volume, mask)
         inputs = [[v.ref.uri, v.ref.size, v.ref.version] for v in (volume, mask) if v]
         forecast = None

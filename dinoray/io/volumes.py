@@ -126,6 +126,20 @@ class Volume:
                 task.cancel()
         return out
 
+    def lie_on(self, other: Volume) -> bool:
+        """Take the voxel size and the place of another volume, as it is before its crop or with it, whichever has the same
+        number of voxels along each axis; False where neither has."""
+        if self.shape == other._source.about.shape:
+            start = other._start
+        elif self.shape == other.shape:
+            start = (0, 0, 0)
+        else:
+            return False
+        self.voxel_size_nm = other.voxel_size_nm
+        self.translation_nm = tuple(  # type: ignore[assignment]
+            t - n * r for t, n, r in zip(other.translation_nm, start, other.voxel_size_nm, strict=True))
+        return True
+
     def close(self) -> None:
         """Give back open files and threads."""
         self._pool.shutdown(wait=True, cancel_futures=True)

@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,8 @@ from hypothesis import strategies as st
 from dinoray.chaos.kills import Kill
 from dinoray.chaos.striking import start_and_strike
 from dinoray.errors import BadRequest, ChangedRequest, OutputDamaged
+from dinoray.export.plain import export_table
+from dinoray.export.profiles import export_profiles
 from dinoray.io.stores import LocalStore
 from dinoray.io.volume_arrays import shard_key, shards_of
 from dinoray.io.volume_grid import VolumeGrid
@@ -345,6 +348,13 @@ def test_verify_names_the_receipt_whose_deletion_mends_a_shard(source: Path, cle
     forgive(out)
     run_volume(source, out, output="fused")
     assert check_volume(out) == data_objects(clean)
+
+
+@pytest.mark.parametrize("export", [export_table, export_profiles])
+def test_an_export_says_that_this_is_a_volume(out: Path, export: Callable[[str], object]) -> None:
+    with pytest.raises(BadRequest, match="features of a volume") as caught:
+        export(str(out))
+    assert "dinoray.open_features(OUT)[" in caught.value.todo
 
 
 def test_a_finished_output_is_left_alone(source: Path, out: Path) -> None:

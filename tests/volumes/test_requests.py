@@ -64,7 +64,8 @@ def test_what_cannot_be_done_is_refused_before_it_begins(source: Path, tmp_path:
 @pytest.mark.parametrize(("fields", "words"), [
     ({"planes": "xy,zz"}, "--planes: 'xy,zz'"), ({"raw_voxel_size": "8,8"}, "--raw-voxel-size: one"),
     ({"voxel_size": -1}, "--voxel-size: one"),
-    ({"crop": "1:2"}, "valid:\n  --crop: '1:2' is not"), ({"window_px": 64, "halo_px": 32}, "--halo-px"), ({"sources": ["a", "b"]}, "sources"),
+    ({"crop": "1:2"}, "valid:\n  --crop: '1:2' is not"), ({"window_px": 64, "halo_px": 32}, "--halo-px"),
+    ({"sources": ["a", "b"]}, "sources"),
     ({"slice_sampling": "cubic"}, "--slice-sampling: "), ({"foreground": "s3://k:secret@bucket/mask.zarr"}, "password"),
 ])
 def test_what_makes_no_sense_is_refused_by_the_job(tmp_path: Path, fields: dict, words: str) -> None:
