@@ -46,6 +46,10 @@ class BadRequest(DinorayError):
     exit_code = 2
 
 
+class MissingScale(BadRequest):
+    """A volume does not say how large its voxels are (exit code 2)."""
+
+
 class ChangedRequest(BadRequest):
     """The output belongs to other inputs or settings than those of this request (exit code 2)."""
 

@@ -27,6 +27,7 @@ from dinoray.runners.build import RunnerSpec
 from dinoray.sealing import seal_generation
 from dinoray.units import Plan
 from dinoray.verification import verify_fast
+from dinoray.wording import plural
 
 
 @dataclass
@@ -77,8 +78,8 @@ class Session:
         tally = total_tally(parts)
         outcome = Outcome(self.job.out, self.resolved.fingerprint, sum(len(p.plan) for p in parts), tally, self.command)
         inputs = sum(part.plan.num_items for part in parts if part.kind != "retry")
-        self.say(f"{_count(inputs, self.job.noun)} in {_count(outcome.num_units, 'unit')}"
-                 + (f", {_count(tally.units, 'unit')} done before" if tally.units else ""))
+        self.say(f"{plural(inputs, self.job.noun)} in {plural(outcome.num_units, 'unit')}"
+                 + (f", {plural(tally.units, 'unit')} done before" if tally.units else ""))
         if not tolerant:
             self._check_failures(tally)  # what earlier runs quarantined counts
         order = list(first)
@@ -133,15 +134,15 @@ class Session:
         if tally.quarantined:
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(tally.reasons.items()))
             bad = f", {tally.quarantined} quarantined ({reasons})"
-            self.say(f"quarantined items, when they are mended: dinoray retry {out}")
+            self.say(f"quarantined items: once they are mended, run: dinoray retry {out}")
         if outcome.verified["without_objects"]:
             bad += f", {outcome.verified['without_objects']} without objects"
         if tally.degraded_units:
-            bad += f", {_count(tally.degraded_units, 'unit')} with degraded numerics"
+            bad += f", {plural(tally.degraded_units, 'unit')} with degraded numerics"
         for note in unfinished_notes(self.store):
             self.say(note)
         self.say(f"look at it: dinoray report {out}")
-        done = f"{_count(tally.items, self.job.noun)}, {_count(tally.rows, self.job.row_noun)}"
+        done = f"{plural(tally.items, self.job.noun)}, {plural(tally.rows, self.job.row_noun)}"
         planned = generations(self.store)[0].plan.facts.get("num_tokens")
         if planned is not None:
             partly = ", those of quarantined slabs not counted" if tally.quarantined else ""
@@ -163,7 +164,3 @@ def open_session(store: Store, resolved: Resolved, command: str, say: Callable[[
     driver.leave = leave
     with driver, Progress(say) as progress, contextlib.closing(make_pool(job, resolved, say)) as pool:
         yield Session(store, resolved, command, say, driver, pool, progress)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from dinoray.generations import Generation, generations, total_tally, unfinished_notes
 from dinoray.verification import open_run
+from dinoray.wording import plural
 
 STAGES = ("read", "decode", "prepare", "compute", "write")
 """Stages of work as they stand in receipts, in order; seconds summed over threads."""
@@ -38,9 +39,9 @@ def status_lines(out: str) -> Iterator[str]:
     if tally.units:
         yield "stage seconds, summed over threads: " + ", ".join(f"{s} {tally.seconds.get(s, 0):.1f}" for s in STAGES)
         yield f"read {tally.bytes_read:,} bytes, wrote {tally.bytes_written:,} bytes, largest process {tally.rss_peak:,} bytes"
-        yield "computed on " + ", ".join(f"{kind} ({n} units)" for kind, n in sorted(tally.device_kinds.items()))
+        yield "computed on " + ", ".join(f"{kind} ({plural(n, 'unit')})" for kind, n in sorted(tally.device_kinds.items()))
     if tally.degraded_units:
-        yield f"{tally.degraded_units} units have degraded numerics (see docs/reliability.md)"
+        yield f"{plural(tally.degraded_units, 'unit')} with degraded numerics (see docs/reliability.md)"
     yield from unfinished_notes(store)
     yield "verified: yes (_SUCCESS)" if tally.units == units and store.exists("_SUCCESS") else "verified: not yet"
 

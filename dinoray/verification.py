@@ -27,9 +27,12 @@ from dinoray.io.volume_grid import VolumeGrid
 from dinoray.ledger import Ledger, Receipt
 from dinoray.slabs import Slab, shard_keys
 from dinoray.units import Plan, Unit
+from dinoray.wording import plural
 
 DATA_FOLDERS = ("features", "dense")
 _SHOWN = 5
+_LINES = 20
+"""Problems that are listed; more are counted."""
 _FOREIGN = "no receipt names"
 
 
@@ -88,11 +91,14 @@ def _check_fast(store: Store) -> tuple[dict[str, Any], list[Generation]]:
     totals: dict[str, Any] = {"units": 0, "items": 0, "rows": 0, "row_items": 0, "without_objects": 0,
                               "quarantined": 0, "bytes": 0}
     problems: list[str] = []
+    metadata: list[dict[str, Any]] = []
     tables: list[tuple[str, int]] = []
     found: dict[str, int] = {}
     for part in parts:
         planned = 0
-        for record in part.plan.facts.get("arrays", []):  # metadata that the driver stored before the first unit
+        arrays = part.plan.facts.get("arrays", [])
+        metadata += arrays
+        for record in arrays:  # metadata that the driver stored before the first unit
             expected[record["key"]] = record["bytes"]
         for receipt in part.ledger.receipts(part.plan.unit_ids):
             planned += receipt.items
@@ -121,6 +127,12 @@ def _check_fast(store: Store) -> tuple[dict[str, Any], list[Generation]]:
     problems += [f"{_FOREIGN}: {key}" for key in found if key not in expected]
     problems += [f"{key}: {found[key]} bytes, the receipt says {size}" for key, size in expected.items()
                  if key in found and found[key] != size]
+    for record in metadata:  # a handful of small objects that say what all others mean
+        if found.get(record["key"]) == record["bytes"]:
+            try:
+                check_arrays(store, [record])
+            except OutputDamaged as error:
+                problems.append(f"{record['key']}: {error.what}")
     if not problems:
         with ThreadPoolExecutor(8) as pool:
             problems += [p for p in pool.map(lambda t: _footer(store, *t), tables) if p]
@@ -233,11 +245,41 @@ def _some(names: list[str]) -> str:
 
 
 def _raise_if(problems: list[str], store: Store) -> None:
-    if problems:
-        todo = ["delete the receipts of the units named and run the same command again"]
-        if any(problem.startswith(_FOREIGN) for problem in problems):
-            todo = ["remove what no receipt names", *([] if all(p.startswith(_FOREIGN) for p in problems) else todo)]
-        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise OutputDamaged(f"the output differs from its receipts in {len(problems)} places:\n  "
-                            + "\n  ".join(problems[:20]) + more, where=store.url,
-                            todo="; ".join(todo))
+    """Raises OutputDamaged with each problem, the receipt whose deletion mends it, and what to do about all of them."""
+    if not problems:
+        return
+    shown, rest = problems[:_LINES], len(problems) - _LINES
+    receipts, metadata = _owners(shown, store)
+    todo = []
+    if any(problem.startswith(_FOREIGN) for problem in problems):
+        todo.append("remove what no receipt names")
+    if metadata:
+        todo.append("put the metadata of the arrays (zarr.json) back from a copy: no unit makes them again")
+    if receipts or rest > 0 and not todo:
+        todo.append("delete the receipts named and run the same command again")
+    if rest > 0:
+        todo.append("verify again for the rest")
+    lines = [f"{problem} (receipt: {receipts[problem]})" if problem in receipts else problem for problem in shown]
+    more = f"\n  and {rest} more" if rest > 0 else ""
+    raise OutputDamaged(f"the output differs from its receipts in {plural(len(problems), 'place')}:\n  "
+                        + "\n  ".join(lines) + more, where=store.url,
+                        todo="; ".join(todo) or "restore the output from a copy, or use a new --out")
+
+
+def _owners(problems: list[str], store: Store) -> tuple[dict[str, str], list[str]]:
+    """{problem: key of the receipt of the unit or object that it begins with}, and those about metadata of arrays.
+
+    Found by reading the receipts again: a whole output has no use for an owner of each of its objects.
+    """
+    receipts: dict[str, str] = {}
+    metadata: list[str] = []
+    asked: dict[str, list[str]] = {}
+    for problem in problems:
+        asked.setdefault(problem.removeprefix("missing: ").partition(": ")[0], []).append(problem)
+    for part in generations(store):
+        metadata += [problem for record in part.plan.facts.get("arrays", []) for problem in asked.get(record["key"], ())]
+        for receipt in part.ledger.receipts(part.plan.unit_ids):
+            for name in (f"unit {receipt.unit}", *(stored.key for stored in receipt.objects)):
+                for problem in asked.get(name, ()):
+                    receipts[problem] = f"{part.ledger.prefix}/receipts/{receipt.unit}.json"
+    return receipts, metadata

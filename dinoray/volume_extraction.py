@@ -25,7 +25,7 @@ from dinoray.memory.meter import available_cores
 from dinoray.request import absolute, check_request, record_request, resume_command
 from dinoray.resolve import Resolved, resolve
 from dinoray.runners.statistics import distinct_values
-from dinoray.runners.volume_statistics import sample_blocks
+from dinoray.runners.volume_statistics import sample_blocks, why_unusable
 from dinoray.sealing import run_statistics
 from dinoray.session import Outcome, Session, open_session
 from dinoray.slabs import Slab, all_units, check_alone
@@ -33,6 +33,7 @@ from dinoray.units import Plan, PlanWriter, item_digest, item_row
 from dinoray.vision.intensity import full_range
 from dinoray.volume_inputs import check_mask, open_mask, open_source
 from dinoray.volume_planning import Forecast, make_forecast, make_grid
+from dinoray.wording import plural
 
 STATS_UNIT_BYTES = 2**26
 FEW_VALUES = 128
@@ -57,8 +58,10 @@ def extract_volume(job: ExtractVolumeJob, say: Callable[[str], None] = print, *,
         say(f"dinoray {resolved.fingerprint}  {resolved.description}  output {job.out}  resume with: {command}")
         for note in volume.notes:
             say(note)
-        mask = open_mask(job)
+        mask = open_mask(job, volume)
         if mask is not None:
+            for note in mask.notes:
+                say(f"mask: {note}")
             check_mask(volume, mask)
         inputs = [[v.ref.uri, v.ref.size, v.ref.version] for v in (volume, mask) if v]
         forecast = None
@@ -141,9 +144,11 @@ def _limits(session: Session, volume: Volume) -> list[float]:
                            session.pool, session.progress, session.driver.check, "_dinoray/stats", unit_bytes=STATS_UNIT_BYTES,
                            kind="volume-statistics")
     if not table.num_rows:
-        raise BadRequest(f"none of the {len(blocks)} blocks that were sampled for the intensity scaling can be used",
-                         where=volume.ref.uri, todo="see _dinoray/stats/receipts for the reasons; is the volume whole, and free "
-                         "of NaN? --scaling dtype needs no sample")
+        error = why_unusable(volume, blocks[0])
+        raise BadRequest(f"{plural(len(blocks), 'block')} sampled for the intensity scaling, none can be used"
+                         + (f"; the first: {error.what}" if error else ""), where=error.where if error else volume.ref.uri,
+                         todo=(f"{error.todo}; " if error and error.todo else "") + "is the volume whole, and free of NaN? "
+                         "--scaling dtype needs no sample: what cannot be read is then quarantined") from error
     row = table.to_pylist()[0]
     if volume.dtype.kind in "iu" and volume.dtype.itemsize > 1 and row["num_values"] > FEW_VALUES * 100:
         distinct = distinct_values(session.store, "_dinoray/stats")

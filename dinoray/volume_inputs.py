@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from dinoray.config import ExtractVolumeJob
-from dinoray.errors import BadRequest
+from dinoray.errors import BadRequest, MissingScale
 from dinoray.io.volumes import Volume, VolumeRequest, open_volume
 
 
@@ -20,8 +22,9 @@ def open_source(job: ExtractVolumeJob) -> Volume:
     return open_volume(volume_request(job))
 
 
-def open_mask(job: ExtractVolumeJob) -> Volume | None:
-    """The mask of a job whose `foreground` is one; its voxels may have another size than the volume's.
+def open_mask(job: ExtractVolumeJob, volume: Volume | None = None) -> Volume | None:
+    """The mask of a job whose `foreground` is one; its voxels may have another size than the volume's. One that states no
+    voxel size lies on `volume` (opened here if it is not given) voxel by voxel, which its notes say.
 
     Raises BadRequest, TransientError, SystemicError.
     """
@@ -30,10 +33,29 @@ def open_mask(job: ExtractVolumeJob) -> Volume | None:
         return None
     try:
         return open_volume(VolumeRequest(source, mask=True))
+    except MissingScale as error:
+        return _unscaled_mask(job, source, volume, error)
     except BadRequest as error:
-        raise BadRequest(f"the mask cannot be used: {error.what}", where=error.where or source,
-                         todo="give a mask with its voxel size (OME-Zarr, say; it may be coarser than the volume): integers or "
-                         "booleans, 0 is background") from error
+        raise BadRequest(f"--foreground is neither a number nor a mask volume that can be read: {error.what}",
+                         where=error.where or source, todo="give a number, or the path of a mask: integers or booleans, 0 is "
+                         "background, with its voxel size (OME-Zarr, say; it may be coarser than the volume) or of the volume's "
+                         "shape") from error
+
+
+def _unscaled_mask(job: ExtractVolumeJob, source: str, volume: Volume | None, error: MissingScale) -> Volume:
+    with open_source(job) if volume is None else contextlib.nullcontext(volume) as under:
+        mask = open_volume(VolumeRequest(source, mask=True, raw_voxel_nm=under.voxel_size_nm))
+        if mask.lie_on(under):
+            mask.notes = (f"{error.what}: it has as many voxels as the volume, and is taken to lie on it voxel by voxel",)
+            return mask
+        mask.close()
+        raise BadRequest(f"the mask cannot be placed: {error.what}, and it has {_size(mask)} voxels, the volume {_size(under)}",
+                         where=error.where, todo="give a mask that states its voxel size (OME-Zarr, say; it may be coarser than "
+                         "the volume), or one of the volume's shape") from error
+
+
+def _size(volume: Volume) -> str:
+    return " x ".join(map(str, volume.shape))
 
 
 def threshold(job: ExtractVolumeJob) -> float | None:

@@ -10,7 +10,7 @@ import numpy as np
 from dinoray.io.fusion import SLAB_PLANES
 from dinoray.io.slab_pixels import slab_taps
 from dinoray.io.volume_grid import NORMAL, PlaneGrid, Shape, Triple, VolumeGrid
-from dinoray.io.volumes import THREADS as CHUNK_READERS
+from dinoray.io.volumes import chunk_readers
 from dinoray.io.windows import SlabWindows
 from dinoray.memory.budget import (
     chunk_bytes_in_work,
@@ -38,6 +38,8 @@ class SlabBytes:
     compute: int
     count: int
     """Slabs of the kind: no more are ever at work."""
+    chunks: int = 0
+    """Chunks of the source that are in work at once; `compute` holds them."""
 
     @property
     def smallest(self) -> int:
@@ -76,6 +78,13 @@ class Stages:
 
     planes: SlabBytes
     fused: SlabBytes | None = None
+    chunk_bytes: int = 0
+    """Of a chunk of the source, decoded."""
+
+    @property
+    def bytes_of_chunks(self) -> int:
+        """What `planes` takes for chunks of the source."""
+        return chunk_bytes_in_work(self.chunk_bytes, self.planes.chunks)
 
     @property
     def smallest(self) -> int:
@@ -87,18 +96,19 @@ class Stages:
         return self.fused if array == "fused" and self.fused else self.planes
 
 
-def stage_bytes(grid: VolumeGrid, sizes: UnitSizes, rule: str, *, voxel_bytes: int, chunk_bytes: int, threads: int,
-                margin_px: int = 0, mask: Mask | None = None, fused: bool = False) -> Stages:
-    """Of the largest slabs. `voxel_bytes`, `chunk_bytes`: of a raw voxel and of a chunk of the input, decoded; `threads`:
-    micro-batches computed at once; `margin_px`: around windows, where foreground is looked for."""
-    found = [_plane_bytes(grid.plane(name), sizes, rule, voxel_bytes, chunk_bytes, threads, margin_px, mask)
+def stage_bytes(grid: VolumeGrid, sizes: UnitSizes, rule: str, *, voxel_bytes: int, chunks: Shape, num_chunks: Shape,
+                threads: int, margin_px: int = 0, mask: Mask | None = None, fused: bool = False) -> Stages:
+    """Of the largest slabs. `voxel_bytes`: of a raw voxel; `chunks`, `num_chunks`: voxels of a chunk of the input, and how
+    many there are, along each axis; `threads`: micro-batches computed at once; `margin_px`: around windows, where foreground
+    is looked for."""
+    found = [_plane_bytes(grid.plane(name), sizes, rule, voxel_bytes, (chunks, num_chunks), threads, margin_px, mask)
              for name in grid.planes]
     planes = SlabBytes(max(f.read for f in found), max(f.held for f in found), max(f.compute for f in found),
-                        sum(f.count for f in found))
-    return Stages(planes, _fused_bytes(grid) if fused else None)
+                        sum(f.count for f in found), max(f.chunks for f in found))
+    return Stages(planes, _fused_bytes(grid) if fused else None, prod(chunks) * voxel_bytes)
 
 
-def _plane_bytes(plane: PlaneGrid, sizes: UnitSizes, rule: str, voxel_bytes: int, chunk_bytes: int, threads: int,
+def _plane_bytes(plane: PlaneGrid, sizes: UnitSizes, rule: str, voxel_bytes: int, chunks: tuple[Shape, Shape], threads: int,
                  margin_px: int, mask: Mask | None) -> SlabBytes:
     grid, itemsize = plane.grid, np.dtype(plane.grid.dtype).itemsize
     depth = min(plane.planes_per_shard, plane.shape[plane.normal])
@@ -107,7 +117,8 @@ def _plane_bytes(plane: PlaneGrid, sizes: UnitSizes, rule: str, voxel_bytes: int
     windows = SlabWindows(plane, rows, cols, margin_px)
     pixel_rows, pixel_cols = windows.pixel_box()
     taps = slab_taps(plane, (0, depth), pixel_rows, pixel_cols, rule)
-    along, read_rows, read_cols = (len(i) for i in taps.indices())
+    indices = taps.indices()
+    along, read_rows, read_cols = (len(i) for i in indices)
     pixels = depth * (pixel_rows[1] - pixel_rows[0]) * (pixel_cols[1] - pixel_cols[0])
     read = slab_read_bytes(raw_bytes=along * read_rows * read_cols * voxel_bytes, read_pixels=depth * read_rows * read_cols,
                            pixels=pixels)
@@ -121,16 +132,20 @@ def _plane_bytes(plane: PlaneGrid, sizes: UnitSizes, rule: str, voxel_bytes: int
                                  batch_tokens=grid.micro_batch * lattices[0].window * lattices[1].window)
     shard = prod(plane.array.shards) * grid.dim * itemsize
     shards = prod(-(-(b - a) // plane.shard_tokens(axis)) for axis, (a, b) in zip(plane.axes, (rows, cols), strict=True))
-    chunks = raw_chunks(along * read_rows * read_cols * voxel_bytes, chunk_bytes)
     count = -(-plane.shape[plane.normal] // plane.planes_per_shard) * prod(
         len(cuts(plane.shape[a], unit_tokens(plane, a, sizes.windows))) for a in plane.axes)
+    touched = prod(chunks_touched(used, chunks[0][a], chunks[1][a])
+                   for used, a in zip(indices, (plane.normal, *plane.axes), strict=True))
+    chunk_bytes = prod(chunks[0]) * voxel_bytes
+    in_work = min(chunk_readers(chunk_bytes), touched * count * len(grid.planes))  # slabs are read ahead, so of several
     return SlabBytes(read, 4 * pixels, FIXED + compute + shard_bytes_in_work(shard, min(WRITERS, shards))
-                     + chunk_bytes_in_work(chunk_bytes, min(CHUNK_READERS, chunks)), count)
+                     + chunk_bytes_in_work(chunk_bytes, in_work), count, in_work)
 
 
-def raw_chunks(raw_bytes: int, chunk_bytes: int) -> int:
-    """Chunks that a slab touches, at least as many as hold its voxels; a box cuts through some at either end of 3 axes."""
-    return 8 * -(-raw_bytes // chunk_bytes)
+def chunks_touched(indices: np.ndarray, chunk: int, most: int) -> int:
+    """Chunks of `chunk` voxels, of which there are `most`, that sorted raw indices along an axis lie in at most, wherever
+    the first chunk begins."""
+    return min(most, len(indices), (int(indices[-1] - indices[0]) + chunk - 1) // chunk + 1)
 
 
 def _fused_bytes(grid: VolumeGrid) -> SlabBytes:

@@ -13,11 +13,14 @@ from dinoray.io.volumes import Volume
 from dinoray.memory.budget import micro_batch
 from dinoray.slabs import UnitSizes, choose_sizes, fused_units, windows_in_all, windows_once
 from dinoray.volume_memory import Mask, Stages, stage_bytes
+from dinoray.wording import count_bytes, plural
 
 MOST_ANISOTROPIC = 3.0
 """Voxels that differ by more than this give planes that are mostly interpolation."""
 MOST_BATCH = 16
 """Target planes of one micro-batch, at most: a shard holds whole micro-batches."""
+MANY_VOXELS = 8
+"""Above, a target voxel as long as the volume is noticed: the voxel size may have been given in another unit."""
 SMALL_TARGET = 1.0 - 1e-6
 
 
@@ -52,8 +55,8 @@ class Forecast:
         window = ", ".join(f"{plane} {'x'.join(map(str, side))}" for plane, side in sides.items())
         return [f"volume of {'x'.join(map(str, grid.shape))} voxels of {nm(grid.voxel_nm)} (z, y, x); "
                 f"target voxel {nm(grid.target_nm)}; arrays of {grid.dim} features: {arrays}",
-                f"{self.windows:,} windows ({window} px), {self.amplification:.2f} times those of one unit; output at most "
-                f"{self.output_bytes:,} bytes; {self.slabs.smallest:,} bytes of memory for a slab"]
+                f"{plural(self.windows, 'window')} ({window} px), {self.amplification:.2f} times those of one unit; output at most "
+                f"{count_bytes(self.output_bytes)}; {count_bytes(self.slabs.smallest)} of memory for a slab"]
 
 
 def nm(sizes: Triple) -> str:
@@ -71,6 +74,10 @@ def make_grid(job: ExtractVolumeJob, volume: Volume, *, patch: int, dim: int, to
             raise BadRequest(f"{name}={value} is not a multiple of the patch size {patch}", where="--" + name.replace("_", "-"),
                              todo=f"use {max(patch, value // patch * patch)} or {(value // patch + 1) * patch}")
     target = _target(job, voxel)
+    for axis, name in enumerate("zyx"):
+        if volume.shape[axis] > MANY_VOXELS and target[axis] >= volume.shape[axis] * voxel[axis] * SMALL_TARGET:
+            say(f"a target voxel is {target[axis]:g} nm along {name}, all {volume.shape[axis]} voxels are "
+                f"{volume.shape[axis] * voxel[axis]:g} nm: is --voxel-size in nm?")
     planes = _planes(job, voxel, say)
     batch = 1
     most = min(MOST_BATCH, micro_batch(token_budget, (job.window_px // patch) ** 2 + 5))
@@ -121,7 +128,7 @@ def stages_of(job: ExtractVolumeJob, grid: VolumeGrid, sizes: UnitSizes, volume:
     """What the slabs of a job take in memory."""
     itemsize = volume.dtype.itemsize
     return stage_bytes(grid, sizes, job.slice_sampling, voxel_bytes=itemsize,
-                       chunk_bytes=prod(volume.chunks or (1, *volume.shape[1:])) * itemsize, threads=max(1, threads),
+                       chunks=volume.chunks, num_chunks=volume.num_chunks, threads=max(1, threads),
                        margin_px=0 if job.foreground is None else grid.patch,
                        mask=None if mask is None else Mask(mask.voxel_size_nm, mask.shape, mask.dtype.itemsize),
                        fused=job.output == "fused")
@@ -133,15 +140,28 @@ def make_forecast(job: ExtractVolumeJob, grid: VolumeGrid, volume: Volume, mask:
     forecast = Forecast(grid, sizes, job.output == "fused", windows_in_all(grid, sizes), windows_once(grid),
                         stages_of(job, grid, sizes, volume, mask, threads=threads))
     if forecast.output_bytes > job.max_output_bytes:
-        raise BadRequest(f"the output would have {forecast.output_bytes:,} bytes before compression; the limit is "
-                         f"{job.max_output_bytes:,}", where="--max-output-bytes",
+        raise BadRequest(f"the output would have {count_bytes(forecast.output_bytes)} before compression; the limit is "
+                         f"{count_bytes(job.max_output_bytes)}", where="--max-output-bytes",
                          todo="raise the limit, or take a coarser --voxel-size, --output planes, fewer --planes or a --crop")
     if forecast.slabs.smallest > job.memory_bytes:
-        raise BadRequest(f"one slab needs about {forecast.slabs.smallest:,} bytes of memory; an actor may take "
-                         f"{job.memory_bytes:,} beyond the model", where="--memory-bytes",
-                         todo="raise it, or take smaller units (--unit-windows; now "
-                         f"{sizes.windows}), a smaller --window-px or a coarser --voxel-size")
+        raise _too_much_memory(job, forecast)
     return forecast
+
+
+def _too_much_memory(job: ExtractVolumeJob, forecast: Forecast) -> BadRequest:
+    """The refusal of slabs above `memory_bytes`: what of them is large, and what makes that smaller."""
+    slabs, remedies = forecast.slabs, ["raise it"]
+    what = f"one slab needs about {count_bytes(slabs.smallest)} of memory; an actor may take {count_bytes(job.memory_bytes)} " \
+        "beyond the model"
+    chunks_dominate = slabs.bytes_of_chunks > slabs.smallest / 2
+    if chunks_dominate:
+        what += f": a chunk of the source has {count_bytes(slabs.chunk_bytes)}, {slabs.planes.chunks} " \
+            f"{'is' if slabs.planes.chunks == 1 else 'are'} in work at once"
+        remedies.append("write the volume again with smaller chunks (64 voxels a side, say)")
+    if not chunks_dominate or slabs.bytes_of_chunks <= job.memory_bytes:
+        smaller = f"smaller units (--unit-windows; now {forecast.sizes.windows}), " if forecast.sizes.windows > 1 else ""
+        remedies.append(f"take {smaller}a smaller --window-px or a coarser --voxel-size")
+    return BadRequest(what, where="--memory-bytes", todo=", or ".join(remedies))
 
 
 def count_units(forecast: Forecast) -> tuple[int, int]:

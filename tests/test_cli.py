@@ -174,7 +174,7 @@ def test_status_and_verify_of_a_run(monkeypatch, capsys, images: Path, tmp_path:
     for flags in ([], ["--fast"], ["--deep"]):
         code, out, _ = call(monkeypatch, capsys, "verify", tmp_path / "out", *flags)
         assert code == 0
-        assert out.startswith("whole: 4 images in 1 units, 4 rows, 0 quarantined")
+        assert out.startswith("whole: 4 images in 1 unit, 4 rows, 0 quarantined")
         assert ("checksums" in out) is (flags == ["--deep"])
     next((tmp_path / "out/features").glob("*")).unlink()
     code, _, err = call(monkeypatch, capsys, "verify", tmp_path / "out")

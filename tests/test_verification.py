@@ -183,8 +183,8 @@ def test_a_receipt_that_cannot_be_read(out: Path) -> None:
     assert path.name in caught.value.where
 
 
-def rewrite(out: Path, change: Callable) -> None:
-    """Change the table of a unit and let the receipt agree with its bytes."""
+def rewrite(out: Path, change: Callable) -> Path:
+    """Change the table of a unit and let its receipt, which is returned, agree with its bytes."""
     receipt = max(out.glob("_dinoray/receipts/*.json"), key=lambda p: json.loads(p.read_text())["rows"])
     values = json.loads(receipt.read_text())
     stored = next(o for o in values["objects"] if o["key"].startswith("features/"))
@@ -195,6 +195,7 @@ def rewrite(out: Path, change: Callable) -> None:
     stored.update(bytes=len(sink.getvalue()), sha256=hashlib.sha256(sink.getvalue()).hexdigest())
     values["rows"] = table.num_rows
     receipt.write_text(json.dumps(values))
+    return receipt
 
 
 @pytest.mark.parametrize("change", [
@@ -202,9 +203,11 @@ def rewrite(out: Path, change: Callable) -> None:
     lambda t: t.set_column(0, "item_id", [["a stranger", *t["item_id"].to_pylist()[1:]]]),
 ])
 def test_rows_that_are_not_the_planned_inputs_are_found_by_deep(out: Path, change: Callable) -> None:
-    rewrite(out, change)
+    receipt = rewrite(out, change)
     fast(out)
-    assert "do not add up" in damage(deep, out)
+    found = damage(deep, out)
+    assert "do not add up" in found and "1 place:" in found
+    assert f"(receipt: _dinoray/receipts/{receipt.name})" in found
 
 
 def test_an_input_in_both_rows_and_quarantine_is_found_by_deep(out: Path) -> None:

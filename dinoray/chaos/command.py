@@ -24,6 +24,7 @@ from dinoray.errors import BadRequest, DinorayError
 from dinoray.io.stores import LocalStore
 from dinoray.units import Plan
 from dinoray.verification import DATA_FOLDERS, verify_deep
+from dinoray.wording import plural
 
 COMPLETE = (0, 3)
 """Exit codes of a run that is complete, without and with quarantined items."""
@@ -109,7 +110,7 @@ class _Test:
             raise BadRequest(f"the job does not even run undisturbed (exit code {first.code}):\n{first.printed[-2000:]}",
                              where=" ".join(self.job), todo="mend the source or the model first")
         units = len(Plan(clean))
-        self.say(f"clean run: {units} units, {len(_keys(clean))} data objects, {first.seconds:.1f} s of work")
+        self.say(f"clean run: {plural(units, 'unit')}, {len(_keys(clean))} data objects, {first.seconds:.1f} s of work")
         starts = deque(draw_kills(settings.kills, settings.seed, ray=settings.ray))
         outputs, missed = 0, 0
         while starts:
@@ -125,8 +126,8 @@ class _Test:
                 break
         for problem in self.problems:
             self.say(f"  {problem}")
-        verdict = f"{'NOT ' if self.problems else ''}EQUAL: {_count(self.number, 'kill')} (seed {settings.seed}) on"
-        self.say(f"{verdict} {_count(outputs, 'output')}, each resumed with the same command and compared with a clean run, "
+        verdict = f"{'NOT ' if self.problems else ''}EQUAL: {plural(self.number, 'kill')} (seed {settings.seed}) on"
+        self.say(f"{verdict} {plural(outputs, 'output')}, each resumed with the same command and compared with a clean run, "
                  f"{time.monotonic() - began:.0f} s" + (f"; problems: {len(self.problems)}, listed above" * bool(self.problems)))
         return not self.problems
 
@@ -166,12 +167,8 @@ class _Test:
         except DinorayError as error:
             self.problems.append(f"{name}: verify --deep: {error}")
         else:
-            self.say(f"{name}: complete, {totals['items']} images in {totals['units']} units, {totals['rows']} rows, "
+            self.say(f"{name}: complete, {totals['items']} images in {plural(totals['units'], 'unit')}, {totals['rows']} rows, "
                      f"{totals['quarantined']} quarantined; compared {len(expected)} data objects")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _keys(store: LocalStore) -> set[str]:

@@ -9,6 +9,7 @@ import typer
 
 from dinoray.cli.app import Out, app, say, with_signals
 from dinoray.errors import BadRequest, SystemicError
+from dinoray.wording import count_bytes, plural
 
 
 @app.command()
@@ -35,9 +36,9 @@ def verify(out: Out, deep: Annotated[bool, typer.Option("--deep", help="Read eve
         totals = verify_deep(store) if deep else verify_fast(store, write_success=True)
     except SystemicError as error:  # a read-only copy is as whole as any
         totals, note = verify_fast(store, write_success=False), f"\nnot marked with _SUCCESS: {error.what} [{error.where}]"
-    noun, rows = ("slabs", "tokens") if totals["kind"] == "volume" else ("images", "rows")
-    say(f"whole: {totals['items']} {noun} in {totals['units']} units, {totals['rows']} {rows}, "
-        f"{totals['quarantined']} quarantined, {totals['bytes']} bytes" + (", all checksums match" if deep else "") + note)
+    noun, rows = ("slab", "token") if totals["kind"] == "volume" else ("image", "row")
+    say(f"whole: {plural(totals['items'], noun)} in {plural(totals['units'], 'unit')}, {plural(totals['rows'], rows)}, "
+        f"{totals['quarantined']} quarantined, {count_bytes(totals['bytes'])}" + (", all checksums match" if deep else "") + note)
     for line in unfinished_notes(store):
         say(line)
 

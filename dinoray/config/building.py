@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,21 +28,30 @@ def recorded_job(values: dict[str, Any]) -> FeatureJob:
     return recorded_model(values)(**values)
 
 
-def _plain(error: Any) -> str:
-    """What pydantic found, in plain words."""
-    if error["type"] == "missing":
-        return "is needed and was not given"
-    return str(error["msg"]).removeprefix("Value error, ")
+def _plain(error: Any, model: type[BaseModel]) -> str:
+    """What pydantic found, in plain words, with the flag (without dashes: the field of a job file) that it is about."""
+    text = "is needed and was not given" if error["type"] == "missing" else str(error["msg"]).removeprefix("Value error, ")
+    names = "|".join(sorted(model.model_fields, key=len, reverse=True))
+    text = re.sub(rf"^({names})(?=: )|(?<![\w-])(?=\w+_)({names})(?!\w)", lambda match: _flag(match[0], model), text)
+    name, *inner = [str(part) for part in error["loc"]] or [""]
+    return f"{'.'.join([_flag(name, model), *inner])}: {text}" if name else text
+
+
+def _flag(name: str, model: type[BaseModel]) -> str:
+    """`--raw-voxel-size` of `raw_voxel_size`; other names, and `sources`, as they are."""
+    return "--" + name.replace("_", "-") if name in model.model_fields and name != "sources" else name
 
 
 def build_job(model: type[Job], values: dict[str, Any]) -> Job:
-    """Validate a job; every problem is listed with its field. Raises BadRequest."""
+    """Validate a job; every problem is listed with its flag or field. Raises BadRequest."""
     try:
         return model.model_validate(values)  # not model(**values): YAML keys may be no text
     except ValidationError as error:
-        lines = [f"{'.'.join(str(p) for p in e['loc']) or 'job'}: {_plain(e)}" for e in error.errors()]
-        raise BadRequest("the job is not valid:\n  " + "\n  ".join(lines),
-                         todo=f"fields: {', '.join(model.model_fields)}") from error
+        found = error.errors()
+        unknown = any(e["type"] in ("extra_forbidden", "invalid_key") for e in found)
+        todo = f"fields: {', '.join(model.model_fields)}" if unknown else \
+            f"`dinoray extract {getattr(model, 'command', 'images')} --help` explains each"
+        raise BadRequest("the job is not valid:\n  " + "\n  ".join(_plain(e, model) for e in found), todo=todo) from error
 
 
 def read_job_file(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class Source:
     def open(self, part: Part) -> Iterator[pq.ParquetFile]:
         """The file of a part. Raises OutputDamaged for one that cannot be read or has not the receipt's rows."""
         where = f"{self.store.url}/{part.key}"
-        todo = "`dinoray verify --deep` lists all damage; delete the receipts of the units named and run the same command again"
+        todo = "`dinoray verify --deep` lists all damage; delete the receipts that it names and run the same command again"
         try:
             with self.store.open(part.key) as file:
                 opened = pq.ParquetFile(file)
@@ -105,7 +105,10 @@ class Source:
 def open_source(url: str, *, partial: bool = False) -> Source:
     """The files of a finished output. Raises BadRequest for no output, or an unfinished one unless `partial`;
     OutputDamaged when a file is missing or of another size than its receipt says (left out with `partial`)."""
-    store, _, _ = open_run(url)
+    store, plan, _ = open_run(url)
+    if plan.facts.get("kind") == "volume":
+        raise BadRequest("these are features of a volume: boxes, not a table of rows", where=url, todo="read boxes of them with "
+                         "dinoray.open_features(OUT)[z0:z1, y0:y1, x0:x1] in Python, or open OUT/dense/*.zarr")
     found = dict(store.list("features"))
     parts: list[Part] = []
     damaged: list[str] = []

@@ -9,6 +9,7 @@ from dinoray.io.ome_zarr import as_dict, as_list, as_number
 from dinoray.io.volume_grid import Triple
 from dinoray.io.volume_levels import Level, check_sizes, choose_level, tidy, unit_nm, unstated
 from dinoray.io.volume_ome import axis_name
+from dinoray.wording import plural
 
 Notes = tuple[str, ...]
 
@@ -44,7 +45,7 @@ def _funlib(attributes: dict[str, Any], axes: str, name: str, where: str) -> Lev
         listed = [str(u) for u in as_list(units, "units", where)]
         listed = [listed[axes.index(a)] for a in "zyx"] if len(listed) == len(axes) else listed
         if len(listed) != 3:
-            raise BadRequest(f"{len(listed)} units for the axes {axes}", where=where, todo="mend the attribute units")
+            raise BadRequest(f"{plural(len(listed), 'unit')} for the axes {axes}", where=where, todo="mend the attribute units")
         factors = [unit_nm(u, a, where) for u, a in zip(listed, "zyx", strict=True)]
     if any(f is None for f in factors):
         return f"the units {str(units)[:60]!r} are no lengths"
@@ -62,7 +63,8 @@ def spatial(values: Any, axes: str, key: str, where: str) -> list[float]:
     numbers = [as_number(v, key, where) for v in as_list(values, key, where)]
     order = axes if len(numbers) == len(axes) else "".join(a for a in axes if a in "zyx")
     if len(numbers) != len(order):
-        raise BadRequest(f"{key}: {len(numbers)} numbers for the axes {axes}", where=where, todo=f"mend the attribute {key}")
+        raise BadRequest(f"{key}: {plural(len(numbers), 'number')} for the axes {axes}", where=where,
+                         todo=f"mend the attribute {key}")
     return [numbers[order.index(a)] for a in "zyx"]
 
 
@@ -76,7 +78,7 @@ def cosem_transform(attributes: dict[str, Any], name: str, where: str) -> Level 
         raise BadRequest(f"a transform of the axes {axes[:60]!r}", where=where, todo="mend the attribute transform")
     units = [str(u) for u in as_list(transform.get("units", ["nm"] * 3), "transform.units", where)]
     if len(units) != 3:
-        raise BadRequest(f"{len(units)} units for the axes {axes}", where=where, todo="mend the attribute transform")
+        raise BadRequest(f"{plural(len(units), 'unit')} for the axes {axes}", where=where, todo="mend the attribute transform")
     factors = [unit_nm(units[axes.index(a)], a, where) for a in "zyx"]
     if any(f is None for f in factors):
         return None

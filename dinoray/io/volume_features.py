@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from math import ceil
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -143,6 +143,22 @@ class VolumeFeatures:
                 a, b = (corner + n * self.grid.voxel_nm[axis] for n in (a, b))
             slices.append(self._by_nm(axis, a, b))
         return self._box(tuple(s.start for s in slices), tuple(s.stop for s in slices))  # type: ignore[arg-type]
+
+    def table(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Of images and cells only. Raises BadRequest."""
+        raise self._no_rows("table")
+
+    def batches(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Of images and cells only. Raises BadRequest."""
+        raise self._no_rows("batches")
+
+    def matrix(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Of images and cells only. Raises BadRequest."""
+        raise self._no_rows("matrix")
+
+    def _no_rows(self, name: str) -> BadRequest:
+        return BadRequest(f"these are features of a volume, which has no rows for .{name}()", where=self.url,
+                          todo="read a box: features[z0:z1, y0:y1, x0:x1] is an array [dim, z, y, x]")
 
     def _by_nm(self, axis: int, low: float | None, high: float | None) -> slice:
         """The target voxels of an axis whose centres lie in [low, high) nm."""

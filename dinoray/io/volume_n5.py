@@ -131,7 +131,8 @@ def _source(top: str, uri: str, attributes: dict[str, Any], level: Level, notes:
 
     count = math.prod(math.ceil(n / b) for n, b in zip(dimensions, block, strict=True))
     document = json.dumps(attributes, sort_keys=True).encode()
-    ref, more = objects.identify(top, [*stored, document], below="", count=count, wanted=is_wanted,
+    ref, more = objects.identify(top, [*stored, document], below="", count=count, wanted=is_wanted, fill=0,
+                                 num_wanted=math.prod(math.ceil(n / b) for n, b in zip(shape, chunks, strict=True)),
                                  decoded_bytes=math.prod(shape) * dtype.itemsize)
     about = About(shape, dtype, chunks, level.voxel_size_nm, level.translation_nm, ref, (*notes, *more),  # type: ignore[arg-type]
                   level.name)

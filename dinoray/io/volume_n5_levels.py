@@ -14,6 +14,7 @@ from dinoray.io.ome_zarr import as_list, as_number
 from dinoray.io.volume_attributes import cosem_transform
 from dinoray.io.volume_grid import Triple
 from dinoray.io.volume_levels import SAME, Level, check_sizes, tidy, unit_nm
+from dinoray.wording import plural
 
 
 def n5_level(name: str, own: dict[str, Any], group: dict[str, Any], first: dict[str, Any], where: str) -> Level | None:
@@ -85,5 +86,6 @@ def _triple(value: Any, key: str, where: str) -> Triple:
     """Three numbers of N5, turned around to z, y, x."""
     numbers = [as_number(n, key, where) for n in as_list(value, key, where)]
     if len(numbers) != 3:
-        raise BadRequest(f"{key}: {len(numbers)} numbers instead of x, y, z", where=where, todo=f"mend the attribute {key}")
+        raise BadRequest(f"{key}: {plural(len(numbers), 'number')} instead of x, y, z", where=where,
+                         todo=f"mend the attribute {key}")
     return (numbers[2], numbers[1], numbers[0])

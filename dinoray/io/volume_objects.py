@@ -20,6 +20,7 @@ from dinoray.io.storage_errors import TruncatedBody, storage_errors
 from dinoray.io.stores import is_local, local_path
 from dinoray.io.walk import LocalTree, RemoteTree
 from dinoray.io.zarr_objects import MAX_OBJECTS, list_objects
+from dinoray.wording import plural
 
 MAX_LISTED = MAX_OBJECTS
 """Chunks of a level; above, they are not listed."""
@@ -48,10 +49,11 @@ class ChunkObjects:
         self._listed: dict[str, tuple[int, str]] | None = None
         """Key -> (bytes, version): of up to MAX_LISTED objects, so without their addresses."""
 
-    def identify(self, top: str, documents: Iterable[bytes], *, below: str, count: int, wanted: Callable[[str], bool],
-                 decoded_bytes: int) -> tuple[FileRef, tuple[str, ...]]:
+    def identify(self, top: str, documents: Iterable[bytes], *, below: str, count: int, num_wanted: int,
+                 wanted: Callable[[str], bool], fill: object, decoded_bytes: int) -> tuple[FileRef, tuple[str, ...]]:
         """(identity of the volume at `top`, lines for the log), from its metadata documents and the listing of the chunks
-        in the folder `below` that are `wanted`; `count` is how many there may be in that folder, wanted or not.
+        in the folder `below` that are `wanted`, `num_wanted` if all are stored; `count` is how many there may be in that
+        folder, wanted or not. `fill`: what those that are not stored read as.
 
         Raises BadRequest when no chunk is stored, ItemError for links and special files, OSError of storage.
         """
@@ -77,7 +79,9 @@ class ChunkObjects:
         lines = (f"{name}\0{size}\0{version}\n".encode("utf-8", "surrogateescape")
                  for name, (size, version) in self._listed.items())
         size = sum(map(len, documents)) + sum(max(0, size) for size, _ in self._listed.values())
-        return digest_ref(top, size, [*documents, *lines]), ()
+        gone = num_wanted - len(self._listed)
+        return digest_ref(top, size, [*documents, *lines]), () if gone <= 0 else (
+            f"{gone:,} of {plural(num_wanted, 'chunk')} {'is' if gone == 1 else 'are'} not stored: read as the fill value {fill}",)
 
     def ref(self, key: str) -> FileRef | None:
         """The object as it was listed, or (not listed) as it is now; None when it is not stored. Raises as `get`."""

@@ -12,6 +12,7 @@ from dinoray.errors import BadRequest, ItemError
 from dinoray.io.ome_zarr import as_dict, as_list, as_number, channel_names, path_below
 from dinoray.io.volume_grid import Triple
 from dinoray.io.volume_levels import Level, check_sizes, tidy, unit_nm
+from dinoray.wording import plural
 
 _AXES = {"channel": "c", "time": "t"}
 _TYPES = {"z": "space", "y": "space", "x": "space", "t": "time", "c": "channel"}
@@ -120,7 +121,7 @@ def _combined(dataset: dict[str, Any], multiscale: dict[str, Any], ndim: int, wh
                                 todo="write it with scale and translation as numbers in the metadata")
             values = [as_number(n, kind, where) for n in as_list(transform[kind], kind, where)]
             if len(values) != ndim:
-                raise ItemError("decode", f"a {kind} of {len(values)} numbers for {ndim} axes", where=where)
+                raise ItemError("decode", f"a {kind} of {plural(len(values), 'number')} for {ndim} axes", where=where)
             if kind == "scale":
                 stated |= owner is dataset or not dataset.get("coordinateTransformations")
                 scale = [s * v for s, v in zip(scale, values, strict=True)]

@@ -26,6 +26,7 @@ from dinoray.io.volume_levels import unstated
 from dinoray.io.volume_objects import digest_ref
 from dinoray.io.volume_source import MAX_PIECE_BYTES, About, Source, VolumeRequest, check_array, check_piece, pick
 from dinoray.io.walk import LocalTree, Matcher, RemoteTree, count, has_magic, is_image_name, walk
+from dinoray.wording import plural
 
 logger = logging.getLogger(__name__)
 LIMITS = Limits(max_pixels=2**31, max_bytes=MAX_PIECE_BYTES, max_file_bytes=MAX_PIECE_BYTES)
@@ -111,8 +112,9 @@ def _gaps(names: list[str]) -> list[str]:
     missing = [n for a, b in zip(numbers, numbers[1:], strict=False) for n in range(a + step, b, step)][:1001]
     if not missing:
         return []
-    total = f"over {len(missing) - 1}" if len(missing) > 1000 else str(len(missing))
-    return [f"{total} numbers are missing between {numbers[0]} and {numbers[-1]} ({', '.join(map(str, missing[:5]))}"
+    total = f"over {len(missing) - 1:,} numbers are" if len(missing) > 1000 else \
+        f"{plural(len(missing), 'number')} {'is' if len(missing) == 1 else 'are'}"
+    return [f"{total} missing between {numbers[0]} and {numbers[-1]} ({', '.join(map(str, missing[:5]))}"
             f"{', ...' if len(missing) > 5 else ''}): the slices on both sides are taken for neighbours"]
 
 

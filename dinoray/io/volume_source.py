@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dinoray.errors import BadRequest, ItemError
+from dinoray.errors import BadRequest, ItemError, MissingScale
 from dinoray.io.items import FileRef
 from dinoray.io.storage_errors import listing_errors
 from dinoray.io.volume_grid import Shape, Triple
@@ -156,6 +156,6 @@ def pick(kind: str, size: int | None, names: Sequence[str] | None, wanted: str |
     return number
 
 
-def missing_scale(why: str, where: str) -> BadRequest:
+def missing_scale(why: str, where: str) -> MissingScale:
     """The refusal of a source without a voxel size."""
-    return BadRequest(why, where=where, todo="say it in nanometres: --raw-voxel-size N (or z,y,x)")
+    return MissingScale(why, where=where, todo="say it in nanometres: --raw-voxel-size N (or z,y,x)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import posixpath
 from collections.abc import Sequence
@@ -216,7 +217,9 @@ def _source(top: str, found: _Found, request: VolumeRequest) -> Source:
     objects = ChunkObjects(node.uri, 2 * math.prod(info.inner) * info.dtype.itemsize + 2**20)
     ref, notes = objects.identify(
         top, [*found.above, *node.stored], below=_common_folder(info, fixed), count=_count_listed(info, fixed),
-        wanted=lambda key: _is_wanted(info, key, fixed), decoded_bytes=math.prod(sizes["shape"]) * info.dtype.itemsize)
+        num_wanted=math.prod(math.ceil(info.shape[i] / info.chunks[i]) for i in range(len(info.shape)) if i not in fixed),
+        wanted=lambda key: _is_wanted(info, key, fixed), fill=json.loads(info.document)["fill_value"] or 0,
+        decoded_bytes=math.prod(sizes["shape"]) * info.dtype.itemsize)
     level = found.level
     about = About(sizes["shape"], info.dtype.newbyteorder("="), sizes["inner"], level.voxel_size_nm, level.translation_nm, ref,
                   (*found.notes, *notes), level.name)

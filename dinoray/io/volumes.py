@@ -8,6 +8,7 @@ are: docs/volumes-in.md.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
@@ -25,7 +26,9 @@ from dinoray.io.volume_source import Source, VolumeRequest
 __all__ = ["Volume", "VolumeRequest", "open_volume"]
 
 THREADS = 8
-"""Chunks that are fetched and decoded at once, over all calls of a Volume."""
+"""Chunks that are fetched and decoded at once, at most, over all calls of a Volume."""
+CHUNKS_BYTES = 2**28
+"""Decoded bytes of the chunks that are decoded at once: of large ones fewer are, one at least."""
 SMALLEST_NM, LARGEST_NM = 1e-3, 1e9
 """Voxel sizes that are believed: a picometre to a metre."""
 Index = slice | np.ndarray
@@ -39,6 +42,11 @@ def open_volume(request: VolumeRequest) -> Volume:
     """
     request.check()
     return Volume(volume_kinds.open_source(request), request.crop)
+
+
+def chunk_readers(chunk_bytes: int) -> int:
+    """How many chunks of so many decoded bytes a Volume has in work at once, at most."""
+    return min(THREADS, max(1, CHUNKS_BYTES // chunk_bytes))
 
 
 @dataclass(frozen=True)
@@ -74,14 +82,18 @@ class Volume:
         self.translation_nm: Triple = tuple(  # type: ignore[assignment]
             t + start * r for t, start, r in zip(about.translation_nm, self._start, about.voxel_size_nm, strict=True))
         """World position of the centre of the crop's first voxel."""
-        self.chunks: Shape | None = about.chunks
+        self.chunks: Shape = about.chunks
         """What a read decodes at least; their grid begins at the first voxel of the uncropped volume."""
+        self.num_chunks: Shape = tuple(  # type: ignore[assignment]
+            -(-stop // n) - start // n for (start, stop), n in zip(crop, about.chunks, strict=True))
+        """Chunks that the crop lies in, along each axis."""
         self.ref: FileRef = about.ref
         """Identity: uri, bytes, and a version that changes with the content."""
         self.notes: tuple[str, ...] = about.notes
         """Lines for the log: which level was chosen, what was assumed."""
         self.level: str = about.level
-        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="volume")
+        self._pool = ThreadPoolExecutor(chunk_readers(math.prod(self.chunks) * self.dtype.itemsize),
+                                        thread_name_prefix="volume")
 
     def read(self, z: Index, y: Index, x: Index) -> np.ndarray:
         """The voxels [len z, len y, len x] in `dtype`, C order. Each index is a slice with start and stop, or a sorted
@@ -104,12 +116,8 @@ class Volume:
                 piece = piece[(slice(None),) * axis + (part.local,)]
             out[tuple(part.target for part in box)] = piece
 
-        boxes = list(itertools.product(*parts))
-        if len(boxes) == 1:
-            fill(boxes[0])
-            return out
-        # with this thread's context: retries count for its unit
-        tasks = [self._pool.submit(copy_context().run, fill, box) for box in boxes]
+        # a single chunk too: what is in work over all calls is bounded. With this thread's context: retries count for its unit
+        tasks = [self._pool.submit(copy_context().run, fill, box) for box in itertools.product(*parts)]
         try:
             for task in tasks:
                 task.result()
@@ -117,6 +125,20 @@ class Volume:
             for task in tasks:
                 task.cancel()
         return out
+
+    def lie_on(self, other: Volume) -> bool:
+        """Take the voxel size and the place of another volume, as it is before its crop or with it, whichever has the same
+        number of voxels along each axis; False where neither has."""
+        if self.shape == other._source.about.shape:
+            start = other._start
+        elif self.shape == other.shape:
+            start = (0, 0, 0)
+        else:
+            return False
+        self.voxel_size_nm = other.voxel_size_nm
+        self.translation_nm = tuple(  # type: ignore[assignment]
+            t - n * r for t, n, r in zip(other.translation_nm, start, other.voxel_size_nm, strict=True))
+        return True
 
     def close(self) -> None:
         """Give back open files and threads."""

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from dinoray.errors import NoProgress, TransientError
 from dinoray.ledger import Receipt
+from dinoray.wording import plural
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,8 @@ def run_rounds(recompute_pending: Callable[[], list[int]], on_receipt: Callable[
         if not pending:
             return
         if idle >= rounds:
-            raise NoProgress(f"{len(pending)} units are left after {rounds} rounds without progress; last: {trouble}",
+            raise NoProgress(f"{plural(len(pending), 'unit')} left after {plural(rounds, 'round')} without progress; "
+                             f"last: {trouble}",
                              where=where, todo="mend the cause, then run the same command again: it resumes")
         if idle:
             time.sleep(min(LONGEST_PAUSE_S, pause_s * 2 ** (idle - 1)))

@@ -54,10 +54,23 @@ class VolumeStatisticsRunner(StatisticsRunner):
         began = time.monotonic()
         block = self.volume.read(*_ranges(item.item_id))
         read = time.monotonic()
-        if block.dtype.kind == "f" and not np.isfinite(block).all():
-            raise ItemError("nan", f"NaN or infinite voxels in {item.item_id}", where=self.volume.ref.uri)
+        _check_finite(block, item, self.volume)
         values = histogram(block.reshape(block.shape[0] * block.shape[1], block.shape[2]))
         return {scaling_key(CHANNEL, block.dtype): values}, read - began, time.monotonic() - read, block.nbytes
+
+
+def why_unusable(volume: Volume, block: Item) -> ItemError | None:
+    """What is wrong with a block of the sample, None when it can be used. Raises TransientError, SystemicError."""
+    try:
+        _check_finite(volume.read(*_ranges(block.item_id)), block, volume)
+    except ItemError as error:
+        return error
+    return None
+
+
+def _check_finite(values: np.ndarray, block: Item, volume: Volume) -> None:
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise ItemError("nan", f"NaN or infinite voxels in {block.item_id}", where=volume.ref.uri)
 
 
 def _ranges(item_id: str) -> Iterator[slice]:

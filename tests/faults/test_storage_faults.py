@@ -271,8 +271,9 @@ def test_verify_finds_deleted_resized_and_changed_objects_and_the_advice_works(
         with pytest.raises(OutputDamaged) as caught:
             verify_fast(open_run(str(out))[0], write_success=True)
         assert key in caught.value.what
-        assert "delete the receipts of the units named" in caught.value.todo
+        assert "delete the receipts named" in caught.value.todo
         unit = key.split("part-")[1].split(".")[0]
+        assert f"(receipt: _dinoray/receipts/{unit}.json)" in caught.value.what
         (out / f"_dinoray/receipts/{unit}.json").unlink()
         assert run(images, out, **JOB).executed_units == 1
         check_whole(out)

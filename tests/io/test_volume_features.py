@@ -168,6 +168,14 @@ def test_what_was_not_computed_is_nan_and_a_damaged_shard_is_named(tmp_path: Pat
     assert key in caught.value.where
 
 
+def test_what_rows_have_is_refused_with_what_to_do_instead(out: Path) -> None:
+    features = open_features(out)
+    for name in ("table", "batches", "matrix"):
+        with pytest.raises(BadRequest, match=rf"features of a volume, which has no rows for .{name}\(\)") as caught:
+            getattr(features, name)("cls", plate="p")
+        assert "features[z0:z1, y0:y1, x0:x1]" in caught.value.todo
+
+
 def test_what_is_no_volume(tmp_path: Path) -> None:
     with pytest.raises(BadRequest, match="no features here"):
         open_features(tmp_path)

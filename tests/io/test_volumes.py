@@ -285,12 +285,19 @@ def test_a_chunk_that_is_not_stored_is_the_fill_value(tmp_path: Path) -> None:
     assert not (Path(request.uri) / "c" / "0" / "0" / "0").exists()
     with open_volume(request) as volume:
         np.testing.assert_array_equal(volume.read(slice(0, 23), slice(0, 37), slice(0, 41)), data)
+        total = int(np.prod([-(-n // c) for n, c in zip(volume.shape, volume.chunks, strict=True)]))
+        stored = sum(path.is_file() for path in (Path(request.uri) / "c").rglob("*"))
+        assert f"{total - stored} of {total} chunks {'is' if total - stored == 1 else 'are'} not stored: read as the fill value 7" \
+            in volume.notes
     sharded = write_array(tmp_path / "b.zarr", data, 3, chunks=(8, 8, 8), shards=(16, 16, 16), fill_value=7)
     with open_volume(VolumeRequest(str(sharded), raw_voxel_nm=1)) as volume:
         np.testing.assert_array_equal(volume.read(slice(0, 23), slice(0, 37), slice(0, 41)), data)
     n5_top = write_n5(tmp_path / "c.n5", data, {"resolution": [1, 1, 1]})
+    with open_volume(VolumeRequest(str(n5_top))) as volume:
+        assert not any("not stored" in note for note in volume.notes), "all are"
     (n5_top / "0" / "0" / "0").unlink()
     with open_volume(VolumeRequest(str(n5_top))) as volume:
+        assert any("1 of " in note and "is not stored: read as the fill value 0" in note for note in volume.notes), volume.notes
         assert not volume.read(slice(0, 14), slice(0, 15), slice(0, 16)).any()
         np.testing.assert_array_equal(volume.read(slice(14, 23), slice(0, 37), slice(0, 41)), data[14:])
 

@@ -13,11 +13,12 @@ import shutil
 import signal
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,6 +26,8 @@ from hypothesis import strategies as st
 from dinoray.chaos.kills import Kill
 from dinoray.chaos.striking import start_and_strike
 from dinoray.errors import BadRequest, ChangedRequest, OutputDamaged
+from dinoray.export.plain import export_table
+from dinoray.export.profiles import export_profiles
 from dinoray.io.stores import LocalStore
 from dinoray.io.volume_arrays import shard_key, shards_of
 from dinoray.io.volume_grid import VolumeGrid
@@ -322,6 +325,36 @@ def test_metadata_are_never_made_again(source: Path, out: Path, name: str, how: 
     path.write_bytes(before[:-1] + b" ")
     with pytest.raises(OutputDamaged, match="metadata of a feature array"):
         verify_deep(LocalStore(out))
+    with pytest.raises(OutputDamaged, match=f"dense/yz.zarr/{name}: the metadata of a feature array were changed") as caught:
+        verify_fast(LocalStore(out), write_success=False)
+    assert "back from a copy" in caught.value.todo and "receipts" not in caught.value.todo
+
+
+@pytest.mark.parametrize("damage", ["gone", "short"])
+def test_verify_names_the_receipt_whose_deletion_mends_a_shard(source: Path, clean: Path, out: Path, damage: str) -> None:
+    receipt, keys = unit_of(out, "xy")
+    if damage == "gone":
+        (out / keys[0]).unlink()
+    else:
+        (out / keys[0]).write_bytes((out / keys[0]).read_bytes()[:-1])
+    (out / "dense/xy.zarr/zarr.json").write_bytes(b"{}")
+    with pytest.raises(OutputDamaged, match="in 2 places") as caught:
+        verify_fast(LocalStore(out), write_success=False)
+    named = next(line for line in caught.value.what.splitlines() if keys[0] in line)
+    assert named.endswith(f"(receipt: {receipt})")
+    assert "delete the receipts named" in caught.value.todo and "back from a copy" in caught.value.todo
+    shutil.copy(clean / "dense/xy.zarr/zarr.json", out / "dense/xy.zarr/zarr.json")
+    (out / receipt).unlink()
+    forgive(out)
+    run_volume(source, out, output="fused")
+    assert check_volume(out) == data_objects(clean)
+
+
+@pytest.mark.parametrize("export", [export_table, export_profiles])
+def test_an_export_says_that_this_is_a_volume(out: Path, export: Callable[[str], object]) -> None:
+    with pytest.raises(BadRequest, match="features of a volume") as caught:
+        export(str(out))
+    assert "dinoray.open_features(OUT)[" in caught.value.todo
 
 
 def test_a_finished_output_is_left_alone(source: Path, out: Path) -> None:
@@ -400,6 +433,20 @@ def check_kept(out: Path, clean: Path, names: Sequence[str]) -> None:
 
 
 @pytest.mark.slow
+def test_a_sample_without_a_block_that_can_be_read_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_backbone(monkeypatch, SHALLOW)
+    (tmp_path / "in").mkdir()
+    for z in range(20):
+        tifffile.imwrite(tmp_path / f"in/s{z:02d}.tif", np.full((40, 44 if z == 7 else 48), z, np.uint8))
+    with pytest.raises(BadRequest, match="1 block sampled for the intensity scaling, none can be used; the first: .*44") as caught:
+        run_volume(tmp_path / "in", tmp_path / "out", raw_voxel_size=8)
+    assert caught.value.where.endswith("s07.tif") and "--scaling dtype" in caught.value.todo
+    volume = np.full((20, 40, 48), np.nan, np.float32)
+    zarr.create_array(str(tmp_path / "nan.zarr"), shape=volume.shape, chunks=(20, 20, 20), dtype="float32")[:] = volume
+    with pytest.raises(BadRequest, match="the first: NaN or infinite voxels in sample/0-20/0-40/0-48"):
+        run_volume(tmp_path / "nan.zarr", tmp_path / "out2", raw_voxel_size=8)
+
+
 def test_a_slab_that_kills_its_process_is_quarantined_alone(source: Path, tmp_path: Path) -> None:
     fields = {"output": "fused", "shallow": False, "unit_planes": 32}
     out = tmp_path / "out"

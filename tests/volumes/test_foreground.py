@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import zarr
 
 import dinoray
@@ -21,11 +23,11 @@ SHAPE = (96, 200, 400)
 BLOB = (slice(30, 50), slice(40, 90), slice(290, 350))
 
 
-def run(source: Path, out: Path, **fields: object) -> Outcome:
+def run(source: Path, out: Path, say: Callable[[str], None] = lambda line: None, **fields: object) -> Outcome:
     values = {"raw_voxel_size": (8,), "window_px": 64, "halo_px": 16, "output": "fused", "scaling": "dtype", "unit_windows": 2,
               "unit_planes": 8, "token_budget": 64, **fields}
     return extract_volume(ExtractVolumeJob(sources=(str(source),), out=str(out), model="vitt16", weights="random:0", no_ray=True,
-                                           **values), say=lambda line: None)
+                                           **values), say=say)
 
 
 @pytest.fixture
@@ -98,12 +100,39 @@ def test_no_foreground_at_all_is_said(source: Path, tmp_path: Path) -> None:
     assert "(0.0%)" in lines[-1] and not any("/c/" in key for key in data_objects(tmp_path / "out"))
 
 
-def test_a_mask_without_a_scale_is_refused(source: Path, tmp_path: Path) -> None:
-    zarr.create_array(str(tmp_path / "plain.zarr"), shape=SHAPE, chunks=(32, 64, 64), dtype="bool")[:] = True
-    with pytest.raises(BadRequest, match="the mask cannot be used.*voxel size"):
+@pytest.mark.parametrize("crop", [None, "8:56,16:136,160:380"])
+def test_a_mask_without_a_scale_lies_on_a_volume_of_its_shape(source: Path, tmp_path: Path, crop: str | None) -> None:
+    blob = np.zeros(SHAPE, bool)
+    blob[BLOB] = True
+    zarr.create_array(str(tmp_path / "scaled.zarr"), shape=SHAPE, chunks=(32, 64, 64), dtype="bool", attributes={
+        "resolution": [8, 8, 8], "offset": [-4, -4, -4], "axes": list("zyx"), "units": ["nm"] * 3})[:] = blob
+    zarr.create_array(str(tmp_path / "plain.zarr"), shape=SHAPE, chunks=(32, 64, 64), dtype="bool")[:] = blob
+    cut = blob if crop is None else blob[8:56, 16:136, 160:380]
+    tifffile.imwrite(tmp_path / "cut.tif", cut.astype(np.uint8), photometric="minisblack")
+    outs = {}
+    for mask in ("scaled.zarr", "plain.zarr", "cut.tif"):
+        said: list[str] = []
+        run(source, tmp_path / mask[:3], said.append, foreground=str(tmp_path / mask), crop=crop)
+        outs[mask] = {key: data for key, data in data_objects(tmp_path / mask[:3]).items() if "/c/" in key}
+        assert (mask != "scaled.zarr") == any("mask: " in line and "voxel by voxel" in line for line in said), said
+    assert outs["scaled.zarr"] == outs["plain.zarr"] == outs["cut.tif"]
+    assert np.isnan(dinoray.open_features(str(tmp_path / "pla"))[:]).any()
+
+
+def test_a_mask_without_a_scale_of_another_shape_is_refused(source: Path, tmp_path: Path) -> None:
+    zarr.create_array(str(tmp_path / "plain.zarr"), shape=(96, 200, 399), chunks=(32, 64, 64), dtype="bool")[:] = True
+    with pytest.raises(BadRequest, match="96 x 200 x 399 voxels, the volume 96 x 200 x 400"):
         run(source, tmp_path / "out", foreground=str(tmp_path / "plain.zarr"))
-    with pytest.raises(BadRequest, match="the mask cannot be used"):
-        run(source, tmp_path / "out", foreground=str(tmp_path / "gone.zarr"))
+
+
+@pytest.mark.parametrize("foreground", ["abc", "nan", "~", "inf", "1,5", "gone.zarr"])
+def test_what_is_neither_a_number_nor_a_mask_is_said(source: Path, tmp_path: Path, foreground: str,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path / "here"))
+    with pytest.raises(BadRequest, match="--foreground is neither a number nor a mask volume"):
+        run(source, tmp_path / "out", foreground=foreground)
 
 
 def test_a_mask_that_does_not_cover_the_volume_is_refused(source: Path, tmp_path: Path) -> None:

@@ -9,12 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dinoray.config import ExtractVolumeJob, build_job
 from dinoray.errors import BadRequest, ChangedRequest
 from dinoray.io.volume_grid import VolumeGrid
+from dinoray.io.volumes import CHUNKS_BYTES, chunk_readers, open_volume
 from dinoray.slabs import choose_sizes, windows_in_all, windows_once
 from dinoray.volume_extraction import extract_volume
+from dinoray.volume_inputs import volume_request
+from dinoray.volume_memory import chunks_touched
+from dinoray.volume_planning import Forecast, make_forecast, make_grid
 from tests.runs import complete, use_tiny_backbone
 
 
@@ -38,8 +44,8 @@ def refused(source: Path, out: Path, **fields: object) -> BadRequest:
 
 
 @pytest.mark.parametrize(("fields", "words"), [
-    ({"max_output_bytes": 1000}, ["bytes before compression", "--max-output-bytes"]),
-    ({"memory_bytes": 1000}, ["bytes of memory", "--memory-bytes", "--unit-windows"]),
+    ({"max_output_bytes": 1000}, ["before compression", "--max-output-bytes"]),
+    ({"memory_bytes": 1000}, ["of memory", "--memory-bytes", "--window-px"]),
     ({"window_px": 72}, ["not a multiple of the patch size", "--window-px"]),
     ({"halo_px": 8}, ["not a multiple of the patch size", "--halo-px"]),
     ({"voxel_size": 4}, ["finer than the raw one", "--voxel-size"]),
@@ -56,14 +62,27 @@ def test_what_cannot_be_done_is_refused_before_it_begins(source: Path, tmp_path:
 
 
 @pytest.mark.parametrize(("fields", "words"), [
-    ({"planes": "xy,zz"}, "planes"), ({"raw_voxel_size": "8,8"}, "raw_voxel_size"), ({"voxel_size": -1}, "voxel_size"),
-    ({"crop": "1:2"}, "crop"), ({"window_px": 64, "halo_px": 32}, "halo_px"), ({"sources": ["a", "b"]}, "sources"),
-    ({"slice_sampling": "cubic"}, "slice_sampling"), ({"foreground": "s3://k:secret@bucket/mask.zarr"}, "password"),
+    ({"planes": "xy,zz"}, "--planes: 'xy,zz'"), ({"raw_voxel_size": "8,8"}, "--raw-voxel-size: one"),
+    ({"voxel_size": -1}, "--voxel-size: one"),
+    ({"crop": "1:2"}, "valid:\n  --crop: '1:2' is not"), ({"window_px": 64, "halo_px": 32}, "--halo-px"),
+    ({"sources": ["a", "b"]}, "sources"),
+    ({"slice_sampling": "cubic"}, "--slice-sampling: "), ({"foreground": "s3://k:secret@bucket/mask.zarr"}, "password"),
 ])
 def test_what_makes_no_sense_is_refused_by_the_job(tmp_path: Path, fields: dict, words: str) -> None:
     with pytest.raises(BadRequest, match=words) as caught:
         job("em.zarr", tmp_path / "out", **fields)
     assert "secret@" not in str(caught.value)
+
+
+def test_a_target_voxel_as_long_as_the_volume_is_noticed(source: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    for size in (64, 512, 5000, "16,64,1040"):
+        one = job(source, tmp_path / "out", voxel_size=size)
+        with open_volume(volume_request(one)) as volume:
+            make_grid(one, volume, patch=16, dim=192, token_budget=2048, say=said.append)
+    noticed = [line for line in said if "is --voxel-size in nm?" in line]
+    assert [line.split(" along ")[1][0] for line in noticed] == list("z" "zyx" "x"), said
+    assert noticed[0] == "a target voxel is 512 nm along z, all 64 voxels are 512 nm: is --voxel-size in nm?"
 
 
 def test_values_may_be_written_in_several_ways(tmp_path: Path) -> None:
@@ -105,3 +124,42 @@ def test_units_compute_at_most_half_again(shape: tuple[int, int, int], window: t
     for name in grid.planes:  # units are whole windows and whole shards
         plane = grid.plane(name)
         assert sizes.depth(plane) % plane.array.shards[plane.normal] == 0 or plane.shape[plane.normal] < plane.planes_per_shard
+
+
+def forecast_of(tmp_path: Path, shape: tuple[int, int, int], chunks: tuple[int, int, int], **fields: object) -> Forecast:
+    """Of a volume whose chunks are not stored, but for a file: a forecast reads none."""
+    zarr.create_array(str(tmp_path / "big.zarr"), shape=shape, chunks=chunks, dtype="uint8")
+    (tmp_path / "big.zarr/c/0/0").mkdir(parents=True)
+    (tmp_path / "big.zarr/c/0/0/0").write_bytes(b"x")
+    one = job(tmp_path / "big.zarr", tmp_path / "out", **fields)
+    with open_volume(volume_request(one)) as volume:
+        return make_forecast(one, make_grid(one, volume, patch=16, dim=192, token_budget=2048), volume, threads=2)
+
+
+def test_a_volume_in_one_large_chunk_takes_that_chunk_once(tmp_path: Path) -> None:
+    slabs = forecast_of(tmp_path, (256, 1024, 1024), (256, 1024, 1024)).slabs
+    assert (slabs.chunk_bytes, slabs.planes.chunks) == (2**28, 1)
+    assert slabs.bytes_of_chunks == 3 * 2**28 < slabs.smallest < 2 * 10**9
+
+
+def test_chunks_that_no_budget_holds_are_named_and_the_advice_helps(tmp_path: Path) -> None:
+    with pytest.raises(BadRequest) as caught:
+        forecast_of(tmp_path, (256, 1024, 1024), (256, 1024, 1024), memory_bytes=500_000_000)
+    assert "a chunk of the source has 268,435,456 bytes (268 MB), 1 is in work at once" in caught.value.what
+    assert "smaller chunks" in caught.value.todo and "--window-px" not in caught.value.todo
+    (tmp_path / "small").mkdir()
+    with pytest.raises(BadRequest) as caught:
+        forecast_of(tmp_path / "small", (64, 256, 256), (32, 32, 32), memory_bytes=20_000_000, unit_windows=1, window_px=512)
+    assert "chunk" not in str(caught.value) and "--window-px" in caught.value.todo and "--unit-windows" not in caught.value.todo
+
+
+def test_of_large_chunks_fewer_are_in_work() -> None:
+    assert [chunk_readers(n) for n in (1, 64**3, CHUNKS_BYTES // 8, CHUNKS_BYTES // 3, CHUNKS_BYTES, 2**31)] == [8, 8, 8, 3, 1, 1]
+
+
+@given(st.integers(0, 50), st.lists(st.integers(0, 200), min_size=1, max_size=40, unique=True), st.integers(1, 60))
+def test_chunks_touched_is_never_too_few(origin: int, indices: list[int], chunk: int) -> None:
+    found = np.array(sorted(indices))
+    touched = len(set(((found + origin) // chunk).tolist()))
+    assert touched <= chunks_touched(found, chunk, 1000) <= len(indices)
+    assert chunks_touched(found, chunk, touched) == touched, "never more than there are"
