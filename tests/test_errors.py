@@ -44,7 +44,7 @@ def test_message_says_what_where_and_what_to_do() -> None:
 
 def test_exit_codes_by_kind() -> None:
     codes = {kind.__name__: build(kind, "x").exit_code for kind in KINDS}
-    assert {name for name, code in codes.items() if code == 2} == {"BadRequest", "ChangedRequest", "WeightsError"}
+    assert {name for name, code in codes.items() if code == 2} == {"BadRequest", "ChangedRequest", "MissingScale", "WeightsError"}
     assert {code for code in codes.values()} == {1, 2}
 
 
