@@ -64,8 +64,8 @@ def run_rounds(recompute_pending: Callable[[], list[int]], on_receipt: Callable[
         if not pending:
             return
         if idle >= rounds:
-            raise NoProgress(f"{plural(len(pending), 'unit')} left after {plural(rounds, 'round')} without progress; "
-                             f"last: {trouble}",
+            raise NoProgress(f"{plural(len(pending), 'unit')} {'is' if len(pending) == 1 else 'are'} left after "
+                             f"{plural(rounds, 'round')} without progress; last: {trouble}",
                              where=where, todo="mend the cause, then run the same command again: it resumes")
         if idle:
             time.sleep(min(LONGEST_PAUSE_S, pause_s * 2 ** (idle - 1)))
