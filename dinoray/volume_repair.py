@@ -28,8 +28,8 @@ def plan_volume_retry(session: Session, parts: list[Generation], rows: list[dict
     """Seal a generation of the slabs in `rows` (of QUARANTINE_SCHEMA). Raises ChangedRequest for another volume."""
     first, job, store = parts[0].plan.facts, session.job, session.store
     grid = VolumeGrid.read(first["grid"])
-    mask = open_mask(job)
     with contextlib.closing(open_source(job)) as volume:
+        mask = open_mask(job, volume)
         found = (volume.shape, volume.voxel_size_nm, volume.translation_nm)
         planned = (grid.shape, grid.voxel_nm, grid.translation_nm)
         if found != planned:

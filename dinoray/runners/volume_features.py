@@ -66,7 +66,7 @@ class VolumeFeatureRunner(UnitRunner):
     def __init__(self, job: ExtractVolumeJob, plan: Plan, ledger: Ledger, backbone: Backbone, *, volume: Volume,
                  decode_threads: int, compute_threads: int):
         self.grid = VolumeGrid.read(plan.facts["grid"])
-        self.job, self.volume, self.mask = job, volume, open_mask(job)
+        self.job, self.volume, self.mask = job, volume, open_mask(job, volume)
         share_arenas()  # before any thread begins
         # the slabs ahead get what a slab in work leaves of the budget
         self._found: set[str] = set()
