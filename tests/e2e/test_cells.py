@@ -129,9 +129,9 @@ def test_the_job_script_and_its_example(cells: Path) -> None:
 @pytest.mark.parametrize(("values", "needle"), [
     ({}, "exactly one of labels and centroids"),
     ({"labels": "a", "centroids": "b"}, "exactly one of labels and centroids"),
-    ({"centroids": "a", "mask_neighbours": True}, "mask_neighbours needs labels"),
-    ({"labels": "a", "crop_um": 0}, "crop_um"),
-    ({"labels": "a", "crop_um": None}, "crop_um"),
+    ({"centroids": "a", "mask_neighbours": True}, "--mask-neighbours needs labels"),
+    ({"labels": "a", "crop_um": 0}, "--crop-um"),
+    ({"labels": "a", "crop_um": None}, "--crop-um"),
     ({"labels": "a", "features": "patches"}, "features"),
     ({"labels": "a", "size": "tiles"}, "size"),
     ({"labels": "s3://user:word@host/a"}, "password"),
@@ -142,7 +142,7 @@ def test_jobs_that_are_none(values: dict, needle: str) -> None:
 
 
 def test_crop_um_has_no_default() -> None:
-    with pytest.raises(BadRequest, match="crop_um: is needed"):
+    with pytest.raises(BadRequest, match="--crop-um: is needed"):
         build_job(ExtractCellsJob, {"sources": ("in",), "out": "out", "labels": "lab"})
 
 
