@@ -115,6 +115,16 @@ def test_the_command_line(source: Path, tmp_path: Path) -> None:
     assert "done before" in complete([sys.executable, "-m", "dinoray.cli", *shlex.split(resume)])
 
 
+def test_the_job_script_takes_the_shipped_configuration_and_overrides(source: Path, tmp_path: Path) -> None:
+    """jobs/extract_volume.py FILE.yaml key=value: what `ray job submit` runs."""
+    root = Path(__file__).resolve().parents[2]
+    script = [sys.executable, str(root / "jobs/extract_volume.py"), str(root / "jobs/configs/extract_volume.yaml"),
+              f"sources={source}", f"out={tmp_path / 'out'}", "model=vitt16", "weights=random", "no_ray=true", "window_px=64",
+              "halo_px=16", "raw_voxel_size=[8, 8, 8]", "crop=0:32,0:48,0:64"]
+    assert "complete: " in complete(script)
+    assert "voxel_size: null -> [2.0]" in complete([*script, "voxel_size=2"], code=2)
+
+
 @pytest.mark.parametrize("shape", [(512,) * 3, (2300,) * 3, (700, 4000, 9000), (10_000,) * 3, (60, 20_000, 20_000)])
 @pytest.mark.parametrize("window", [(512, 32), (128, 32), (256, 0)])
 def test_units_compute_at_most_half_again(shape: tuple[int, int, int], window: tuple[int, int]) -> None:
