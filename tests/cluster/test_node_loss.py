@@ -56,9 +56,12 @@ def is_monitor(pid: int) -> bool:
         return False
 
 
-def pids_at_work(out: Path) -> list[int]:
-    folder = out / "_dinoray/attempts"
-    return [json.loads(path.read_text())["pid"] for path in folder.iterdir()] if folder.is_dir() else []
+def pids_at_work(out: Path, *, unfinished: bool = False) -> list[int]:
+    """The processes that began units; `unfinished`: that have one in work now."""
+    folder, receipts = out / "_dinoray/attempts", out / "_dinoray/receipts"
+    begun = list(folder.iterdir()) if folder.is_dir() else []
+    return [json.loads(path.read_text())["pid"] for path in begun
+            if not (unfinished and (receipts / f"{path.name.rpartition('-')[0]}.json").exists())]
 
 
 def wait(until: Callable[[], bool], process: subprocess.Popen[str], timeout_s: float = 180) -> None:
@@ -74,16 +77,18 @@ def wait(until: Callable[[], bool], process: subprocess.Popen[str], timeout_s: f
 def test_a_node_that_is_lost_costs_only_the_units_in_work(cluster: Any, tmp_path: Path) -> None:
     folder, out = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
-    for i in range(24):
-        Image.fromarray(texture((64, 64), i)).save(folder / f"{i:02d}.png")
-    argv = command(folder, out, "--features", ",".join(ALL_FEATURES), "--unit-items", "2", "--workers", "2", "--scaling", "image")
+    for i in range(40):
+        Image.fromarray(texture((256, 256), i)).save(folder / f"{i:02d}.png")
+    argv = command(folder, out, "--features", ",".join(ALL_FEATURES), "--unit-items", "4", "--workers", "2", "--scaling", "image")
     env = {**environment(), "RAY_ADDRESS": cluster.address}
     with subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
             wait(lambda: len(set(pids_at_work(out))) == 2, process)
-            lost = next(node for node in cluster.list_all_nodes() if workers_of(node) & set(pids_at_work(out)))
-            gone = workers_of(lost)
+            nodes = [(node, workers_of(node)) for node in cluster.list_all_nodes()]
             assert [is_monitor(pid) for pid in workers_of(cluster.head_node)].count(True) == 1, "it outlives every other node"
+            found: list[Any] = []
+            wait(lambda: bool(found.extend(n for n in nodes if n[1] & set(pids_at_work(out, unfinished=True))) or found), process)
+            lost, gone = found[0]
             cluster.remove_node(lost, allow_graceful=False)
             cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
             printed = process.communicate(timeout=300)[0]
@@ -91,7 +96,7 @@ def test_a_node_that_is_lost_costs_only_the_units_in_work(cluster: Any, tmp_path
             process.kill()
     assert process.returncode == 0, printed
     check_whole(out)
-    run(folder, tmp_path / "clean", features=ALL_FEATURES, unit_items=2, scaling="image")
+    run(folder, tmp_path / "clean", features=ALL_FEATURES, unit_items=4, scaling="image")
     assert data_objects(out) == data_objects(tmp_path / "clean")
     store, plan, ledger = open_run(str(out))
     receipts = list(ledger.receipts(plan.unit_ids))
