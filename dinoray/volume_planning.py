@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from dinoray.config import ExtractVolumeJob
@@ -79,17 +79,15 @@ def make_grid(job: ExtractVolumeJob, volume: Volume, *, patch: int, dim: int, to
             say(f"a target voxel is {target[axis]:g} nm along {name}, all {volume.shape[axis]} voxels are "
                 f"{volume.shape[axis] * voxel[axis]:g} nm: is --voxel-size in nm?")
     planes = _planes(job, voxel, say)
-    batch = 1
-    most = min(MOST_BATCH, micro_batch(token_budget, (job.window_px // patch) ** 2 + 5))
-    grid = VolumeGrid(volume.shape, voxel, volume.translation_nm, target, patch, planes, job.window_px, job.halo_px, batch, dim,
+    grid = VolumeGrid(volume.shape, voxel, volume.translation_nm, target, patch, planes, job.window_px, job.halo_px, 1, dim,
                       job.dense_dtype, "clamp" if job.slice_sampling == "linspace" else "extrapolate")
-    # the windows of a small volume are smaller than asked for, and more of them fit
-    side = max(prod(grid.plane(p).lattice(a).window for a in grid.plane(p).axes) for p in planes)
-    most = min(MOST_BATCH, max(most, micro_batch(token_budget, side + 5)))
+    # windows may be smaller than asked for, and then more of them fit; 5: CLS and registers
+    tokens = max(prod(grid.plane(p).lattice(a).window for a in grid.plane(p).axes) for p in planes)
+    most, batch = min(MOST_BATCH, micro_batch(token_budget, tokens + 5)), 1
     deepest = max(grid.plane(p).shape[NORMAL[p]] for p in planes)
     while batch * 2 <= most and batch < deepest:
         batch *= 2
-    grid = VolumeGrid(**{**grid.__dict__, "micro_batch": batch})
+    grid = replace(grid, micro_batch=batch)
     if job.scaling == "slice":
         for plane in map(grid.plane, planes):
             if any(plane.lattice(a).count > 1 for a in plane.axes):

@@ -11,7 +11,7 @@ import hashlib
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
@@ -30,6 +30,7 @@ from dinoray.io.tables import as_vector_dtype, dense_columns, feature_schema, wr
 from dinoray.ledger import Ledger, Receipt
 from dinoray.memory.meter import cpu_vendor
 from dinoray.runners.base import Finish, Loaded, UnitRunner
+from dinoray.runners.compute import ComputePool
 from dinoray.units import Plan, Unit
 from dinoray.vision import intensity
 from dinoray.vision.backbone import Backbone
@@ -109,13 +110,8 @@ class ImageFeatureRunner(UnitRunner):
         self.extractor = Extractor(backbone, features=job.features, layers=job.layers,
                                    token_budget=self.numerics["token_budget"],
                                    resize_px=self.resized_to(job))
-        self.on_cuda = self.extractor.device.type == "cuda"
-        self.compute_threads = 1 if self.on_cuda else compute_threads
-        self._threads_before = torch.get_num_threads()
-        if not self.on_cuda:
-            torch.set_num_threads(1)  # parallel over batches instead: see dinoray.vision.extractor
-        self._compute = ThreadPoolExecutor(self.compute_threads, thread_name_prefix="compute",
-                                           initializer=_one_thread if not self.on_cuda else None)
+        self._compute = ComputePool(self.extractor.device, compute_threads)
+        self.on_cuda, self.compute_threads = self._compute.on_cuda, self._compute.threads
         self.columns = column_names(job.features, job.layers)
         self.vector_columns = [name for name, feature, _ in self.columns if feature != "patches"]
         self.dense_columns = {name: layer for name, feature, layer in self.columns if feature == "patches"}
@@ -131,8 +127,7 @@ class ImageFeatureRunner(UnitRunner):
 
     def close(self) -> None:
         super().close()
-        self._compute.shutdown(wait=True, cancel_futures=True)
-        torch.set_num_threads(self._threads_before)
+        self._compute.close()
 
     # ---------------------------------------------------------------- decode threads
 
@@ -318,11 +313,6 @@ class ImageFeatureRunner(UnitRunner):
         return {"device_kind": used, "precision": self.numerics["precision"],
                 "token_budget": self.numerics["token_budget"],
                 "degraded": degraded or self.numerics["device_kind"] not in (used, "cuda")}
-
-
-def _one_thread() -> None:
-    """OpenMP counts threads per calling thread: each compute thread must be told."""
-    torch.set_num_threads(1)
 
 
 def device_kind(device: torch.device) -> str:

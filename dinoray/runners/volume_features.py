@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextvars import copy_context
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,6 +34,7 @@ from dinoray.ledger import Ledger, Receipt, StoredObject
 from dinoray.memory.allocator import give_back, share_arenas
 from dinoray.memory.meter import reset_rss_peak, rss, rss_peak
 from dinoray.runners.base import READ_AHEAD_PER_THREAD, Finish, Loaded, UnitRunner
+from dinoray.runners.compute import ComputePool
 from dinoray.runners.image_features import device_kind
 from dinoray.runners.volume_slabs import PreparedSlab, above, inside, read_slab
 from dinoray.slabs import Slab, UnitSizes, array_of, shard_keys, tokens_needed
@@ -81,21 +82,15 @@ class VolumeFeatureRunner(UnitRunner):
         self.extractor = Extractor(backbone, features=("patches",), layers=layers, token_budget=self.numerics["token_budget"])
         low, high = plan.facts["limits"]
         self.low, self.high = np.array([low], np.float32), np.array([high], np.float32)
-        self.on_cuda = self.extractor.device.type == "cuda"
-        self.compute_threads = 1 if self.on_cuda else compute_threads
-        self._threads_before = torch.get_num_threads()
-        if not self.on_cuda:
-            torch.set_num_threads(1)  # parallel over batches instead: see dinoray.vision.extractor
-        self._compute = ThreadPoolExecutor(self.compute_threads, thread_name_prefix="compute",
-                                           initializer=None if self.on_cuda else lambda: torch.set_num_threads(1))
+        self._compute = ComputePool(self.extractor.device, compute_threads)
+        self.on_cuda, self.compute_threads = self._compute.on_cuda, self._compute.threads
         give_back()  # what loading left free would be counted as the model's
         self._model_bytes = rss()
         reset_rss_peak()
 
     def close(self) -> None:
         super().close()
-        self._compute.shutdown(wait=True, cancel_futures=True)
-        torch.set_num_threads(self._threads_before)
+        self._compute.close()
         self.volume.close()
 
     def cost(self, item: Item) -> int:
