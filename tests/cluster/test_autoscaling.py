@@ -80,8 +80,9 @@ def cloud() -> Iterator[Cloud]:
              "--object-store-memory=80000000", f"--autoscaling-config={config}"],
             env=env | {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_enable_autoscaler_v2": "1",
                        "RAY_CLOUD_INSTANCE_ID": HEAD_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
-                       # each unit takes its time, so that there is a backlog to grow for
-                       "DINORAY_FAILPOINTS": ",".join(f"unit.begin=sleep:2@{n}" for n in range(1, 100))},
+                       # each unit takes its time: there is a backlog to grow for, and still is when a slow machine has
+                       # the second actor ready
+                       "DINORAY_FAILPOINTS": ",".join(f"unit.begin=sleep:5@{n}" for n in range(1, 100))},
             start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         try:
             wait_for_autoscaler(Path(folder), head)
