@@ -1,0 +1,1 @@
+"""How good are masks? Pairs of label images -> scores, intervals, files."""
