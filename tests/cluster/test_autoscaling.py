@@ -82,7 +82,7 @@ def cloud() -> Iterator[Cloud]:
                        "RAY_CLOUD_INSTANCE_ID": HEAD_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
                        # each unit takes its time: there is a backlog to grow for, and still is when a slow machine has
                        # the second actor ready
-                       "DINORAY_FAILPOINTS": ",".join(f"unit.begin=sleep:5@{n}" for n in range(1, 100))},
+                       "DINORAY_FAILPOINTS": ",".join(f"unit.begin=sleep:4@{n}" for n in range(1, 100))},
             start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         try:
             wait_for_autoscaler(Path(folder), head)
