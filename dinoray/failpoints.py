@@ -33,6 +33,8 @@ POINTS = {
     "stats.receipt": "as unit.receipt, in the statistics pass", "stats.done": "as unit.done, in the statistics pass",
     "volume.begin": "as unit.begin, for the units of a volume", "volume.data": "as unit.data, for the units of a volume",
     "volume.receipt": "as unit.receipt, for the units of a volume", "volume.done": "as unit.done, for the units of a volume",
+    "train.step": "before each step of a training", "train.state": "between a saved state of a training and what points at it",
+    "train.checkpoint": "before the checkpoint folder of a training is written",
     "run.verify": "after the last unit, before the output is verified",
 }
 """Every point and where it lies."""

@@ -1,0 +1,65 @@
+"""What a training says of itself while it runs: TensorBoard, history.json, and progress.json for whoever watches."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tensorboardX import SummaryWriter
+
+from dinoray.io.stores import LocalStore, Store
+
+if TYPE_CHECKING:
+    from dinoray.training.loop import Progress
+
+PROGRESS_KEY, HISTORY_KEY, BOARD = "_dinoray/progress.json", "history.json", "tensorboard"
+PROGRESS_EVERY_S = 3.0
+_TAGS = {"loss": "train/loss", "lr": "train/lr", "grad_norm": "train/grad_norm", "samples_per_s": "speed/samples_per_s"}
+
+
+class Journal:
+    """Written by the first worker only."""
+
+    def __init__(self, store: Store, step: int, steps: int):
+        self.store, self.steps = store, steps
+        self._told = 0.0
+        self._temporary = None if isinstance(store, LocalStore) else tempfile.TemporaryDirectory(prefix="dinoray-board-")
+        self.folder = Path(store.root) / BOARD if isinstance(store, LocalStore) else Path(self._temporary.name)  # type: ignore[union-attr]
+        # steps after the state that is taken up are computed again: their points are hidden
+        self._board = SummaryWriter(str(self.folder), purge_step=step or None)
+
+    def add(self, row: dict[str, float], progress: Progress) -> None:
+        """A row of the history, just appended to it."""
+        step = int(row["step"])
+        for name, value in row.items():
+            if name != "step":
+                self._board.add_scalar(_TAGS.get(name, name.replace("val_", "validation/", 1)), value, step)
+        if time.monotonic() - self._told >= PROGRESS_EVERY_S or step >= self.steps:
+            self._told = time.monotonic()
+            self.store.put(PROGRESS_KEY, json.dumps(self._now(progress)).encode())
+
+    def store_now(self, progress: Progress) -> None:
+        """Make what was said durable; called after each saved state."""
+        self._board.flush()
+        self.store.put(HISTORY_KEY, json.dumps(progress.history).encode())
+        self.store.put(PROGRESS_KEY, json.dumps(self._now(progress)).encode())
+        if self._temporary is not None:
+            for file in sorted(self.folder.iterdir()):
+                self.store.put(f"{BOARD}/{file.name}", file.read_bytes())
+
+    def _now(self, progress: Progress) -> dict[str, Any]:
+        """The last figures of each kind."""
+        figures: dict[str, Any] = {}
+        for row in progress.history[-200:]:
+            figures |= row
+        return figures | {"step": progress.step, "steps": self.steps, "seconds": round(progress.seconds, 1),
+                          "best_loss": progress.best_loss, "best_step": progress.best_step, "ended": progress.ended}
+
+    def close(self) -> None:
+        """Flush and close the board."""
+        self._board.close()
+        if self._temporary is not None:
+            self._temporary.cleanup()

@@ -1,0 +1,41 @@
+"""Which labelled images a job trains on, and which it validates on."""
+
+from __future__ import annotations
+
+import hashlib
+
+from dinoray.config.training import TrainDistanceMapJob
+from dinoray.errors import BadRequest
+from dinoray.io.annotations import LabelledImage, list_labelled
+from dinoray.wording import plural
+
+
+def labelled_sets(job: TrainDistanceMapJob) -> tuple[list[LabelledImage], list[LabelledImage]]:
+    """(training images, validation images), listed anew, in a fixed order.
+
+    Raises BadRequest for sources that cannot be listed, and when both sets hold the same files.
+    """
+    train = _listed(job.train)
+    if job.validation:
+        validation = _listed(job.validation)
+        shared = {file.uri for image in train for file in image.files[:1]} & {f.uri for image in validation for f in image.files[:1]}
+        if shared:
+            raise BadRequest(f"{plural(len(shared), 'image')} stand in both train and validation, e.g. {min(shared)}",
+                             where="validation", todo="choose them apart with `ids`, or leave validation out to have some set aside")
+        return train, validation
+    if len(train) < 2:
+        raise BadRequest("one labelled image cannot be both trained on and validated on", where="train",
+                         todo="give more images, or `validation`")
+    # by the hash of its id: the same images whatever else is listed beside them
+    order = sorted(train, key=lambda image: hashlib.blake2b(f"{image.source}/{image.image_id}".encode()).digest())
+    aside = {id(image) for image in order[:max(1, round(job.validation_fraction * len(train)))]}
+    return [i for i in train if id(i) not in aside], [i for i in train if id(i) in aside]
+
+
+def _listed(sources) -> list[LabelledImage]:
+    from dataclasses import replace
+
+    found = []
+    for number, source in enumerate(sources):
+        found += [replace(image, source=number) for image in list_labelled(source)]
+    return found

@@ -1,0 +1,257 @@
+"""The loop of every training: steps, validation, saved states, early stop. What is learned is the task's business.
+
+All that a resumed run needs is in a state: model, optimizer, running mean, step, best figure, history. Samples and the
+learning rate are functions of the step, so a resumed run equals an undisturbed one exactly on the same number of workers
+and the same kind of device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from dinoray.config.training import TrainingJob
+from dinoray.driver import stop_mode
+from dinoray.errors import ChangedRequest, OutputDamaged
+from dinoray.failpoints import reach
+from dinoray.io.stores import Store
+from dinoray.training.averaging import RunningMean
+from dinoray.training.journal import Journal
+from dinoray.training.sampling import Ahead, micro_batches
+from dinoray.training.schedule import lr_factor
+from dinoray.training.states import load_state, save_state
+from dinoray.training.steps import Stepper
+from dinoray.training.workers import Workers
+
+STOP_LOOK_S = 5.0
+"""Seconds between looks for `dinoray stop`."""
+
+
+class Task(Protocol):
+    """What is learned."""
+
+    fingerprint: str
+    model: nn.Module
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """For AdamW: `params`, `lr` (the peak), `weight_decay` of each group."""
+        ...
+
+    def sample(self, index: int) -> Any:
+        """Sample number `index` of the training, the same whoever asks (called from several threads)."""
+        ...
+
+    def loss(self, samples: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(sum of the losses, what their sum over a step is divided by)."""
+        ...
+
+    def validate(self, workers: Workers) -> dict[str, float]:
+        """Figures of the un-augmented validation, the same on every worker; `loss` decides what is best."""
+        ...
+
+
+@dataclass
+class Progress:
+    """Where a training stands; part of every state."""
+
+    step: int = 0
+    best_loss: float = float("inf")
+    best_step: int = 0
+    bad_validations: int = 0
+    seconds: float = 0.0
+    """Wall time of the steps and validations so far, over all runs."""
+    micro_batch: int = 0
+    ended: str = ""
+    """`steps` or `patience` when training is over."""
+    history: list[dict[str, float]] = field(default_factory=list)
+    """A row per logged step (`step`, `loss`, `lr`, `grad_norm`, `samples_per_s`) and per validation (`step`, `val_*`)."""
+
+
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """What forward and backward are computed in; None is as the weights are."""
+    return torch.bfloat16 if precision == "bfloat16" else None
+
+
+def fit(job: TrainingJob, task: Task, workers: Workers, store: Store, *,
+        report: Callable[[dict[str, float]], None] = lambda metrics: None) -> Progress:
+    """Train (or go on) until `job.steps`, early stop, or a request to stop; the progress says which.
+
+    `report` is called on every worker after each saved state. Raises ChangedRequest when the state is another job's.
+    """
+    model = task.model.to(workers.device)
+    workers.same_start_([*model.parameters(), *model.buffers()])
+    optimizer = torch.optim.AdamW(task.parameter_groups(), betas=(0.9, job.beta2))
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    mean = RunningMean(model, job.ema_decay) if job.ema_decay else None
+    progress = _take_up(task, model, optimizer, mean, store, workers)
+    stepper = Stepper(model, optimizer, task.loss, workers, micro_batch=progress.micro_batch or job.micro_batch,
+                      clip_norm=job.clip_norm, autocast=autocast_dtype(job.precision))
+    journal = Journal(store, progress.step, job.steps) if workers.is_first else None
+    ahead = Ahead(task.sample, (workers.share(micro_batches(step, job.batch_size, job.micro_batch))
+                                for step in range(progress.step, job.steps)), threads=job.data_threads)
+    run = _Run(job, task, workers, store, model, optimizer, mean, stepper, progress, journal, report)
+    try:
+        while not progress.ended:
+            if progress.step >= job.steps:
+                progress.ended = "steps"
+                break
+            if run.must_stop():
+                break
+            reach("train.step")
+            factor = lr_factor(progress.step, steps=job.steps, warmup_steps=job.warmup_steps, final=job.final_lr_fraction)
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
+            model.train()
+            result = stepper.step(ahead.next(), seed=(job.seed * 1_000_003 + progress.step) % 2**63)
+            if mean is not None:
+                mean.update(model)
+            progress.step += 1
+            run.after_step(result.loss, result.grad_norm, peaks[0] * factor)
+        run.save()
+    finally:
+        ahead.close()
+        if journal is not None:
+            journal.close()
+    return progress
+
+
+def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What training changes: parameters that ask for gradients, and the buffers that belong to the state (batch norms). A
+    frozen backbone is not written again and again."""
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+
+
+def load_trained(model: nn.Module, tensors: dict[str, torch.Tensor], where: str) -> None:
+    """Take what `trained_tensors` gave. Raises OutputDamaged when it is of another model."""
+    wanted = trained_tensors(model)
+    wrong = sorted(name for name in wanted.keys() | tensors.keys()
+                   if name not in wanted or name not in tensors or wanted[name].shape != tensors[name].shape)
+    if wrong:
+        raise OutputDamaged(f"a saved state is of another model: {', '.join(wrong[:5])}", where=where,
+                            todo="delete the output's _dinoray/states to begin anew")
+    model.load_state_dict(tensors, strict=False)
+
+
+def _take_up(task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, mean: RunningMean | None, store: Store,
+             workers: Workers) -> Progress:
+    state = load_state(store, "last", workers.device)
+    if state is None:
+        return Progress()
+    if state["fingerprint"] != task.fingerprint:
+        raise ChangedRequest(f"the saved state is of training {state['fingerprint']}, this one is {task.fingerprint}",
+                             where=store.url, todo="use another output folder for other settings or data")
+    load_trained(model, state["model"], store.url)
+    optimizer.load_state_dict(state["optimizer"])
+    if mean is not None:
+        mean.load(state["mean"])
+    return Progress(**state["progress"])
+
+
+@dataclass
+class _Run:
+    """One process's part in one run of `fit`."""
+
+    job: TrainingJob
+    task: Task
+    workers: Workers
+    store: Store
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    mean: RunningMean | None
+    stepper: Stepper
+    progress: Progress
+    journal: Journal | None
+    report: Callable[[dict[str, float]], None]
+    began: float = field(default_factory=time.monotonic)
+    looked: float = field(default_factory=time.monotonic)
+    marked: float = field(default_factory=time.monotonic)
+    stepping_since: float = field(default_factory=time.monotonic)
+    stepping_s: float = 0.0
+    """Seconds in the steps of `losses`, without validations and saving."""
+    saved_step: int = -1
+    losses: list[float] = field(default_factory=list)
+    """Of the steps since the last logged one."""
+
+    def must_stop(self) -> bool:
+        """Whether `stop_after_s` is over or `dinoray stop` asks; all workers agree."""
+        now = time.monotonic()
+        if now - self.looked < STOP_LOOK_S and self.job.stop_after_s is None and not self.workers.joined:
+            return False
+        stop = self.job.stop_after_s is not None and now - self.began >= self.job.stop_after_s
+        if self.workers.is_first and now - self.looked >= STOP_LOOK_S:
+            self.looked = now
+            stop = stop or stop_mode(self.store) is not None
+        return not self.workers.agree(not stop)
+
+    def after_step(self, loss: float, grad_norm: float, lr: float) -> None:
+        job, progress = self.job, self.progress
+        self.losses.append(loss)
+        self.stepping_s += time.monotonic() - self.stepping_since
+        step = progress.step
+        if step % job.log_every == 0 or step == job.steps:
+            row = {"step": step, "loss": sum(self.losses) / len(self.losses), "lr": lr, "grad_norm": grad_norm,
+                   "samples_per_s": len(self.losses) * job.batch_size / max(1e-9, self.stepping_s)}
+            self._tick()
+            self.losses, self.stepping_s = [], 0.0
+            progress.history.append(row)
+            if self.journal is not None:
+                self.journal.add(row, progress)
+        if step % job.validate_every == 0 or step == job.steps:
+            self._validate()
+        if step % job.checkpoint_every == 0:
+            self.save()
+        self.stepping_since = time.monotonic()
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self.progress.seconds += now - self.marked
+        self.marked = now
+
+    def _validate(self) -> None:
+        job, progress = self.job, self.progress
+        self.model.eval()
+        with self._averaged(), torch.inference_mode():
+            figures = self.task.validate(self.workers)
+        row = {"step": progress.step, **{f"val_{name}": value for name, value in figures.items()}}
+        progress.history.append(row)
+        if figures["loss"] < progress.best_loss * (1 - job.min_improvement) or progress.best_step == 0:
+            progress.bad_validations = 0
+        else:
+            progress.bad_validations += 1
+        if figures["loss"] < progress.best_loss:
+            progress.best_loss, progress.best_step = figures["loss"], progress.step
+            if self.workers.is_first:
+                with self._averaged():
+                    save_state(self.store, "best", progress.step, {"fingerprint": self.task.fingerprint, "step": progress.step,
+                                                                   "model": trained_tensors(self.model)})
+        if job.patience is not None and progress.bad_validations >= job.patience:
+            progress.ended = "patience"
+        if self.journal is not None:
+            self.journal.add(row, progress)
+
+    def _averaged(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self.mean is None else self.mean.applied(self.model)
+
+    def save(self) -> None:
+        """Save the newest state (first worker) and report it (all)."""
+        progress = self.progress
+        if self.saved_step == progress.step:
+            return
+        self.saved_step = progress.step
+        self._tick()
+        if self.workers.is_first:
+            progress.micro_batch = self.stepper.micro_batch
+            state = {"fingerprint": self.task.fingerprint, "progress": vars(progress).copy(), "model": trained_tensors(self.model),
+                     "optimizer": self.optimizer.state_dict(), "mean": None if self.mean is None else self.mean.tensors}
+            save_state(self.store, "last", progress.step, state)
+            if self.journal is not None:
+                self.journal.store_now(progress)
+        self.workers.barrier()  # a state is there before anyone goes on
+        self.report({"step": float(progress.step), "best_loss": progress.best_loss})

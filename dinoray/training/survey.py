@@ -1,0 +1,108 @@
+"""A look at every labelled image before training: can it be used, how large is it, how large are its cells.
+
+A training on images of which some cannot be read would differ from what was asked for: they are listed with their reason,
+left out, and above a share the training is refused before it starts.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dinoray.errors import BadRequest, ItemError
+from dinoray.io.annotations import LabelledImage
+from dinoray.io.stores import Store
+from dinoray.training.image_pool import ImagePool
+from dinoray.vision.targets import diameters
+from dinoray.wording import plural
+
+SURVEY_SCHEMA = pa.schema([
+    ("image_id", pa.string()), ("source", pa.int32()), ("height", pa.int32()), ("width", pa.int32()), ("objects", pa.int32()),
+    ("median_diameter_px", pa.float32()), ("diameters_px", pa.list_(pa.float32())), ("pixel_size_um", pa.float32()),
+    ("reason", pa.string()), ("message", pa.string()),
+])
+MAX_BAD_FRACTION = 0.1
+DIAMETERS_KEPT = 2000
+"""Diameters kept per image, evenly among them by size: their pooled median is what the checkpoint records."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A row of SURVEY_SCHEMA per image, in the order of the images."""
+
+    table: pa.Table
+
+    def good(self) -> list[int]:
+        """Numbers of the images that can be used."""
+        return [i for i, reason in enumerate(self.table["reason"].to_pylist()) if reason is None]
+
+    def zooms(self, *, pixel_size_um: float | None, diameter_px: float | None) -> np.ndarray:
+        """Factor by which each image is enlarged before it is trained on, float64 [n]; 1 without a target scale."""
+        if pixel_size_um is not None:
+            return np.array(self.table["pixel_size_um"].to_pylist(), dtype=float) / pixel_size_um
+        if diameter_px is not None:
+            medians = np.array(self.table["median_diameter_px"].to_pylist(), dtype=float)
+            typical = np.nanmedian(medians) if np.isfinite(medians).any() else diameter_px
+            return diameter_px / np.where(np.isfinite(medians), medians, typical)  # an image without cells: as most are
+        return np.ones(self.table.num_rows)
+
+    def median_diameter(self, zooms: np.ndarray) -> float | None:
+        """Median diameter of all cells at the scale of training, px."""
+        all_of_them = [np.asarray(found, dtype=float) * zoom
+                       for found, zoom in zip(self.table["diameters_px"].to_pylist(), zooms, strict=True) if found]
+        return float(np.median(np.concatenate(all_of_them))) if all_of_them else None
+
+
+def survey_images(images: list[LabelledImage], pool: ImagePool, *, threads: int, pixel_size_needed: bool,
+                  say: Callable[[str], None]) -> Survey:
+    """Read every image once. Raises BadRequest when more than a tenth cannot be used, or none can."""
+    def look(number: int) -> dict:
+        image = images[number]
+        row = {"image_id": image.image_id, "source": image.source}
+        try:
+            pixels = pool.read(number)
+            if pixel_size_needed and pixels.pixel_size_um is None:
+                raise ItemError("no_pixel_size", "its pixel size is not known, and pixel_size_um needs one",
+                                todo="give the source's pixel_size_um")
+        except ItemError as error:
+            return row | {"reason": error.reason, "message": str(error)}
+        sizes = np.sort(diameters(pixels.labels))
+        kept = sizes if len(sizes) <= DIAMETERS_KEPT else sizes[np.linspace(0, len(sizes) - 1, DIAMETERS_KEPT).round().astype(int)]
+        return row | {"pixel_size_um": pixels.pixel_size_um, "height": pixels.labels.shape[0], "width": pixels.labels.shape[1], "objects": len(sizes),
+                      "median_diameter_px": float(np.median(sizes)) if len(sizes) else None, "diameters_px": kept.tolist()}
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="survey") as threads_:
+        table = pa.Table.from_pylist(list(threads_.map(look, range(len(images)))), schema=SURVEY_SCHEMA)
+    bad = [row for row in table.to_pylist() if row["reason"] is not None]
+    for row in bad[:10]:
+        say(f"left out: {row['image_id']}: {row['reason']}: {row['message'].splitlines()[0]}")
+    if len(bad) > MAX_BAD_FRACTION * len(images) or len(bad) == len(images):
+        raise BadRequest(f"{len(bad)} of {plural(len(images), 'labelled image')} cannot be used, e.g. {bad[0]['image_id']}: "
+                         f"{bad[0]['message']}", todo="mend or remove them (docs/training-data.md says what is read)")
+    if bad:
+        say(f"{plural(len(bad), 'labelled image')} of {len(images)} left out; all of them with reasons: _dinoray/survey-*.parquet")
+    if not sum(n or 0 for n in table["objects"].to_pylist()):
+        raise BadRequest("not one labelled image has a cell", todo="labels are 0 on background and a number on each cell")
+    return Survey(table)
+
+
+def store_survey(store: Store, name: str, survey: Survey) -> None:
+    """Keep it beside the output, for workers and for a resumed run."""
+    sink = io.BytesIO()
+    pq.write_table(survey.table, sink, compression="zstd")
+    store.put(f"_dinoray/survey-{name}.parquet", sink.getbuffer())
+
+
+def stored_survey(store: Store, name: str) -> Survey | None:
+    """The kept survey, or None."""
+    try:
+        data = store.get(f"_dinoray/survey-{name}.parquet")
+    except FileNotFoundError:
+        return None
+    return Survey(pq.read_table(io.BytesIO(data), schema=SURVEY_SCHEMA))
