@@ -6,7 +6,7 @@ gets its `labels` or `objects`. Pixels are never read here.
 
 A label image belongs to the image whose id it has: the path below its own root without extension, and without a
 suffix such as `_masks`, `_cp_masks`, `_labels`. Images with one file per channel have the id of the group; the
-label file may also have the name of one of the channels.
+label file may also have the name of one of the channels. An image `000_img` may also own `000_masks`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from dinoray.io.walk import IMAGE_SUFFIXES, count
 
 LABEL_SUFFIX = re.compile(r"[ _.-](?:cp_?masks?|mask_?(?:nuclei|cells?|cytoplasm)|masks?|labels?|seg|segmentation)", re.IGNORECASE)
 """What the names of label images end in (Cellpose, CellProfiler, StarDist and others), before the extension."""
+IMAGE_SUFFIX = "_img"
+"""What the names of images may end in, beside labels without it: Cellpose's own data are `000_img.png`, `000_masks.png`."""
 _NAME_SUFFIXES = (".tif", ".tiff", ".png")
 
 
@@ -121,6 +123,7 @@ def _labelled(item: Item, listing: ItemListing, db: sqlite3.Connection) -> Item:
     names = {image_stem(item.item_id), image_stem(_below(item.item_id, listing))}
     if not item.channels:
         names |= {image_stem(relative_to(root, file.uri)) for file in item.files for root in (listing.root, listing.folder)}
+    names |= {name[:-len(IMAGE_SUFFIX)] for name in names if name.endswith(IMAGE_SUFFIX)}
     own = {file.uri for file in item.files}
     marks = ", ".join("?" * len(names))
     rows = db.execute(f"SELECT DISTINCT rank, uri, size, version FROM labels WHERE key IN ({marks}) ORDER BY rank, uri",

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from skimage import measure
 
 from dinoray.config import ExtractCellsJob
 from dinoray.errors import ItemError
 from dinoray.io.images import DecodedImage, load_item
 from dinoray.io.items import Item
+from dinoray.io.label_images import label_plane, refuse_binary
 from dinoray.runners.image_features import ChannelView, ImageFeatureRunner, Prepared, PreparedRow, for_torch
 from dinoray.vision import crops
 from dinoray.vision.extractor import Crop
@@ -30,9 +30,6 @@ CHUNK_BYTES = 8 * 2**20
 """Blocks cut by one thread at once; `decode_threads` such chunks, and one more, may wait to be computed."""
 MAX_BLOCK_PX = 8192
 """Largest side of a crop in source px: beyond it crop_um and the pixel size do not belong together."""
-
-BINARY_PIECES = 4
-"""A label image of one object in so many pieces is taken for a mask of all cells."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +96,8 @@ class CellFeatureRunner(ImageFeatureRunner):
     def _cells(self, item: Item, labels: np.ndarray | None, image: DecodedImage, pixel_size: float) -> Cells:
         if labels is not None:
             cells = Cells(*crops.objects_of(labels), labels if self.job.mask_neighbours else None)
-            if len(cells.ids) == 1 and (pieces := measure.label(labels > 0, return_num=True)[1]) >= BINARY_PIECES:
-                raise ItemError("bad_labels", f"one value ({cells.ids[0]}) in {pieces} separate pieces: a binary mask, not labels",
-                                where=item.labels.uri, todo="give each cell its own number (skimage.measure.label)")
+            if len(cells.ids) == 1:
+                refuse_binary(labels, item.labels.uri)
             return cells
         if item.objects is None:
             raise ItemError("missing_labels", "the plan names neither a label image nor centroids", where=item.item_id)
@@ -162,29 +158,3 @@ class CellFeatureRunner(ImageFeatureRunner):
                 crop = Crop(for_torch(crops.cut(view.seen, where)), view.low, view.high, view.row.mode, where, hidden)
                 rows.append(PreparedRow(shared | found | quality(raw), crop))
         return rows, time.monotonic() - began
-
-
-def label_plane(image: DecodedImage, shape: tuple[int, ...], uri: str) -> np.ndarray:
-    """A decoded label image as [Y, X] of non-negative integers.
-
-    Raises ItemError `bad_labels` (several channels, floats, negative or huge values), `shape` when its sides are not
-    the image's.
-    """
-    labels = image.pixels
-    if len(labels) != 1:
-        raise ItemError("bad_labels", f"a label image has one channel, this one {len(labels)}", where=uri,
-                        todo="write one integer per pixel: 0 for background, a number for each cell")
-    if image.is_stretched:
-        raise ItemError("bad_labels", "a PNG of fewer than 8 bits per pixel, whose values were stretched to 0..255", where=uri,
-                        todo="write labels with 8 or 16 bits, or as TIFF")
-    if labels.dtype.kind not in "ui":
-        raise ItemError("bad_labels", f"labels are integers, this file holds {labels.dtype}", where=uri,
-                        todo="write them as an integer type, e.g. uint16 or int32")
-    if labels.shape[1:] != shape:
-        raise ItemError("shape", f"the labels are {labels.shape[1]} x {labels.shape[2]} px, the image {shape[0]} x {shape[1]}",
-                        where=uri)
-    if labels.dtype.kind == "i" and labels.min() < 0:
-        raise ItemError("bad_labels", f"the labels reach down to {labels.min()}", where=uri, todo="0 is background, cells above")
-    if labels.dtype == np.uint64 and labels.max() > np.iinfo(np.int64).max:
-        raise ItemError("bad_labels", f"the labels reach {labels.max()}, which int64 cannot hold", where=uri)
-    return labels[0]
