@@ -8,8 +8,9 @@ from dinoray.config.base import EXECUTION_FIELDS, FeatureJob
 from dinoray.config.building import build_job, canonical_json, read_job_file, recorded_job, recorded_model
 from dinoray.config.images import ExtractCellsJob, ExtractImagesJob, ExtractJob, channel_groups
 from dinoray.config.secrets import secret_in_url, without_secrets
+from dinoray.config.training import TrainDistanceMapJob, TrainingJob
 from dinoray.config.volumes import ExtractVolumeJob
 
-__all__ = ["EXECUTION_FIELDS", "ExtractCellsJob", "ExtractImagesJob", "ExtractJob", "ExtractVolumeJob", "FeatureJob", "build_job",
-           "canonical_json", "channel_groups", "read_job_file", "recorded_job", "recorded_model",
+__all__ = ["EXECUTION_FIELDS", "ExtractCellsJob", "ExtractImagesJob", "ExtractJob", "ExtractVolumeJob", "FeatureJob",
+           "TrainDistanceMapJob", "TrainingJob", "build_job", "canonical_json", "channel_groups", "read_job_file", "recorded_job", "recorded_model",
            "secret_in_url", "without_secrets"]

@@ -50,7 +50,7 @@ def build_job(model: type[Job], values: dict[str, Any]) -> Job:
         found = error.errors()
         unknown = any(e["type"] in ("extra_forbidden", "invalid_key") for e in found)
         todo = f"fields: {', '.join(model.model_fields)}" if unknown else \
-            f"`dinoray extract {getattr(model, 'command', 'images')} --help` explains each"
+            getattr(model, "help_hint", f"`dinoray extract {getattr(model, 'command', 'images')} --help` explains each")
         raise BadRequest("the job is not valid:\n  " + "\n  ".join(_plain(e, model) for e in found), todo=todo) from error
 
 

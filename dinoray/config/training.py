@@ -23,6 +23,7 @@ class TrainingJob(BaseModel):
 
     kind: ClassVar[str]
     command: ClassVar[str]
+    help_hint: ClassVar[str] = "docs/training.md explains each field"
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
