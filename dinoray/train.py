@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -59,15 +60,14 @@ def train_distance_map(job: TrainDistanceMapJob, say: Callable[[str], None] = pr
     """
     import torch
 
-    from dinoray.training.distance_worker import CHECKPOINT, build_model, new_pool
+    from dinoray.training.distance_worker import CHECKPOINT, new_pool
     from dinoray.vision.weight_export import save_backbone
 
     job = absolute_paths(job)
     job = job.model_copy(update=_settled(job, torch.cuda.is_available()))
     store = open_store(job.out)
     train, validation = labelled_sets(job)
-    probe = build_model(job, TrainingSpec("distance-map", job.out, "", weights=job.weights or ""))
-    backbone = probe.backbone
+    backbone, parameters = _probe(job)
     if job.crop_px % backbone.config.patch_size:
         raise BadRequest(f"crop_px={job.crop_px} is not a multiple of the patch size {backbone.config.patch_size}", where="crop_px")
     settings = {k: v for k, v in job.result_settings().items() if k not in ("model", "train", "validation")}
@@ -77,7 +77,6 @@ def train_distance_map(job: TrainDistanceMapJob, say: Callable[[str], None] = pr
                 "inputs": {"train": listing_digest(train), "validation": listing_digest(validation)}}
     fingerprint = fingerprint_of(identity)
     done = check_training(store, fingerprint, identity)
-    parameters = sum(p.numel() for p in probe.parameters() if p.requires_grad)
     say(f"dinoray {fingerprint}  {job.kind} over {backbone.config.name} from {backbone.source}, digest {backbone.digest[:12]}, "
         f"{'frozen' if job.backbone_learning_rate is None else 'trained too'}; {parameters / 1e6:.2f} M parameters learn, "
         f"{job.precision} on {job.device}  output {job.out}  resume with: {command or 'the same command'}")
@@ -96,9 +95,9 @@ def train_distance_map(job: TrainDistanceMapJob, say: Callable[[str], None] = pr
                                        pixel_size_needed=job.pixel_size_um is not None)
                 store_survey(store, name, survey)
         weights = job.weights if (job.weights or "").startswith("random") else staged(
-            job.staging or job.out, backbone.digest, lambda folder: save_backbone(backbone, folder))
+            job.staging or job.out, backbone.digest, partial(save_backbone, backbone))
         spec = TrainingSpec(job.kind, job.out, fingerprint, job.model_dump(mode="json"), weights or "", backbone.digest)
-        del probe, backbone
+        backbone = None
         with Watch(store, say):
             if job.no_ray:
                 run_worker(spec)
@@ -119,9 +118,17 @@ def train_distance_map(job: TrainDistanceMapJob, say: Callable[[str], None] = pr
                         if isinstance(v, float))
     say(f"look at it: dinoray report {shlex.quote(job.out)}  or: tensorboard --logdir {shlex.quote(job.out)}")
     say(f"dinoray {fingerprint}  complete: {progress['step']} steps ({progress['ended']}), best at {progress['best_step']}, "
-        f"on validation {figures}  checkpoint {checkpoint}  use it: dinoray segment cells SRC --checkpoint {shlex.quote(checkpoint)} "
-        "--out OUT")
+        f"on validation {figures}  checkpoint {checkpoint}  "
+        f"use it: dinoray segment cells SRC --checkpoint {shlex.quote(checkpoint)} --out OUT")
     return TrainingOutcome(job.out, fingerprint, checkpoint, progress)
+
+
+def _probe(job: TrainDistanceMapJob) -> tuple[Any, int]:
+    """(the backbone, on the CPU; the number of parameters that learn). Raises WeightsError, BadRequest."""
+    from dinoray.training.distance_worker import build_model
+
+    model = build_model(job, TrainingSpec(job.kind, job.out, "", weights=job.weights or ""))
+    return model.backbone, sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def _settled(job: TrainDistanceMapJob, has_cuda: bool) -> dict[str, Any]:
@@ -157,7 +164,8 @@ def absolute_paths(job: TrainDistanceMapJob) -> TrainDistanceMapJob:
     weights = job.weights
     if weights and is_local(weights) and Path(weights).expanduser().exists():
         weights = str(local_path(weights))
-    return job.model_copy(update={"out": out, "weights": weights, "train": sources(job.train), "validation": sources(job.validation)})
+    return job.model_copy(update={"out": out, "weights": weights, "train": sources(job.train),
+                                  "validation": sources(job.validation)})
 
 
 def check_training(store: Store, fingerprint: str, identity: dict[str, Any]) -> bool:

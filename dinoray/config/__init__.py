@@ -12,5 +12,5 @@ from dinoray.config.training import TrainDistanceMapJob, TrainingJob
 from dinoray.config.volumes import ExtractVolumeJob
 
 __all__ = ["EXECUTION_FIELDS", "ExtractCellsJob", "ExtractImagesJob", "ExtractJob", "ExtractVolumeJob", "FeatureJob",
-           "TrainDistanceMapJob", "TrainingJob", "build_job", "canonical_json", "channel_groups", "read_job_file", "recorded_job", "recorded_model",
-           "secret_in_url", "without_secrets"]
+           "TrainDistanceMapJob", "TrainingJob", "build_job", "canonical_json", "channel_groups", "read_job_file",
+           "recorded_job", "recorded_model", "secret_in_url", "without_secrets"]

@@ -31,15 +31,17 @@ def model_card(config: SegmenterConfig) -> str:
 ---
 # Distance maps of cells over {backbone.model}
 
-A UNet decoder over DINOv3 tokens ({backbone.model}, {how}, {start}) that predicts, for every pixel, the distance to its cell's
-outside divided by the cell's largest such distance. Peaks above {config.peak:g} mark cells, which a watershed fills down to {config.fill:g}.
+A UNet decoder over DINOv3 tokens ({backbone.model}, {how}, {start}) that predicts, for every pixel, the distance to its
+cell's outside divided by the cell's largest such distance. Peaks above {config.peak:g} mark cells, which a watershed fills
+down to {config.fill:g}.
 
 ```
 dinoray segment cells IMAGES --checkpoint THIS_FOLDER --out OUT
 ```
 
-Cells in training: median diameter {size}, pixel size {pixel}. Other scales are resampled (`--pixel-size-um`, `--diameter-px`).
-Channels `{config.channels}`, intensities scaled by `{config.scaling}` (percentiles {config.scaling_percents[0]:g} and {config.scaling_percents[1]:g}).
+Cells in training: median diameter {size}, pixel size {pixel}. Other scales are resampled (`--pixel-size-um`,
+`--diameter-px`). Channels `{config.channels}`, intensities scaled by `{config.scaling}` (percentiles
+{config.scaling_percents[0]:g} and {config.scaling_percents[1]:g}).
 
 ## Data
 

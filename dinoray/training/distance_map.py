@@ -67,7 +67,7 @@ class DistanceMapTask:
         return Sample(pixels, distance_map(labels))
 
     def loss(self, samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
-        device = self.model.mean.device
+        device = self.model.decoder.head.weight.device
         pixels = torch.from_numpy(np.stack([s.pixels for s in samples])).to(device, non_blocking=True)
         target = torch.from_numpy(np.stack([s.target for s in samples])).to(device, non_blocking=True)[:, None]
         return weighted_squares(self.model(pixels), target, self.job.foreground_weight)
@@ -91,7 +91,7 @@ class DistanceMapTask:
 
     def _validation_loss(self, batch: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
         if self.job.precision == "bfloat16":
-            with torch.autocast(self.model.mean.device.type, dtype=torch.bfloat16):
+            with torch.autocast(self.model.decoder.head.weight.device.type, dtype=torch.bfloat16):
                 return self.loss(batch)
         return self.loss(batch)
 

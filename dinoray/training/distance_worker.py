@@ -6,13 +6,14 @@ The end: the best weights, thresholds chosen on the validation images from store
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 
 from dinoray.config.training import TrainDistanceMapJob
-from dinoray.errors import OutputDamaged, WeightsError
+from dinoray.errors import OutputDamaged
 from dinoray.failpoints import reach
 from dinoray.io.annotations import LabelledImage
 from dinoray.io.stores import Store, open_store
@@ -25,6 +26,8 @@ from dinoray.training.spec import Report, TrainingSpec
 from dinoray.training.states import load_state
 from dinoray.training.survey import Survey, stored_survey
 from dinoray.training.workers import Workers
+from dinoray.vision.blending import Blend
+from dinoray.vision.decoders.unet2d import tap_layers
 from dinoray.vision.distance_model import (
     BackboneRecord,
     DecoderRecord,
@@ -33,14 +36,15 @@ from dinoray.vision.distance_model import (
     new_model,
     save_checkpoint,
 )
-from dinoray.vision.decoders.unet2d import tap_layers
 from dinoray.vision.instance_metrics import score_image
-from dinoray.vision.segmenter import Segmenter
-from dinoray.vision.thresholds import FILLS, PEAKS, instances_of
+from dinoray.vision.instances import instances
 from dinoray.vision.weights import load_backbone
 
 CHECKPOINT = "checkpoint"
 """Folder of the output that is the result."""
+PEAKS = tuple(round(0.3 + 0.05 * i, 2) for i in range(9))
+FILLS = tuple(round(0.05 + 0.01 * i, 2) for i in range(0, 16, 2))
+"""Thresholds tried (the seeds' grid, with a step of 0.02 and up to 0.19 for the fill)."""
 SEARCH_IMAGES = 200
 """Most validation images whose maps thresholds are chosen on."""
 
@@ -105,7 +109,8 @@ def finish(job: TrainDistanceMapJob, spec: TrainingSpec, task: DistanceMapTask, 
     workers.barrier()
 
 
-def checkpoint_config(job: TrainDistanceMapJob, spec: TrainingSpec, model: DistanceMapModel, survey: Survey | None) -> SegmenterConfig:
+def checkpoint_config(job: TrainDistanceMapJob, spec: TrainingSpec, model: DistanceMapModel,
+                      survey: Survey | None) -> SegmenterConfig:
     """config.json but for what is found on the validation images."""
     backbone = model.backbone
     median = pixel_size = None
@@ -132,25 +137,52 @@ def choose_thresholds(job: TrainDistanceMapJob, task: DistanceMapTask, config: S
     numbers = np.arange(len(task.validation.pool))
     if len(numbers) > SEARCH_IMAGES:
         numbers = numbers[np.linspace(0, len(numbers) - 1, SEARCH_IMAGES).round().astype(int)]
-    segmenter = Segmenter(task.model, config, token_budget=job.micro_batch * (job.crop_px // task.model.backbone.config.patch_size) ** 2)
     grid = [(peak, fill) for peak in PEAKS for fill in FILLS]
-    sums = np.zeros((len(grid), 4))  # AP50, TP, FP, FN at 0.5
-    images = 0
-    for number in workers.share([int(n) for n in numbers]):
+
+    def scores(number: int) -> np.ndarray:
+        """[len(grid), 4]: AP50, TP, FP, FN of one image."""
         planes, labels = at_scale(task.validation, number)
-        distance = segmenter.distance_map(planes)
-        for k, found in enumerate(instances_of(distance, grid)):
-            score = score_image(labels, found)
-            at = score.matches[0.5]
-            sums[k] += (at.ap, at.tp, at.fp, at.fn)
-        images += 1
-    flat = workers.total(*sums.ravel().tolist(), float(images))
+        distance = whole_map(task.model, planes, config.crop_px, job.micro_batch)
+        rows = []
+        for peak, fill in grid:
+            score = score_image(instances(distance, peak=peak, fill=fill), labels, thresholds=(0.5,))
+            tp, fp, fn = score.tp[0], score.pred - score.tp[0], score.truth - score.tp[0]
+            rows.append((tp / (tp + fp + fn) if tp + fp + fn else 1.0, tp, fp, fn))
+        return np.array(rows, dtype=float)
+
+    mine = workers.share([int(n) for n in numbers])
+    with ThreadPoolExecutor(job.data_threads, thread_name_prefix="thresholds") as threads:
+        sums = sum(threads.map(scores, mine), np.zeros((len(grid), 4)))
+    flat = workers.total(*sums.ravel().tolist(), float(len(mine)))
     images, sums = int(flat[-1]), np.array(flat[:-1]).reshape(sums.shape)
     best = int(np.argmax(sums[:, 0]))  # the first of equals: the same on every machine
     ap, tp, fp, fn = sums[best]
-    (peak, fill) = grid[best]
-    return peak, fill, {"validation_images": images, "validation_ap50_image_mean": ap / max(1, images),
+    peak, fill = grid[best]
+    return peak, fill, {"validation_images": images, "validation_ap50_image_mean": ap / images,
                         "validation_ap50_pooled": tp / max(1.0, tp + fp + fn)}
+
+
+def whole_map(model: DistanceMapModel, planes: np.ndarray, window: int, at_once: int) -> np.ndarray:
+    """Distance map [Y, X] float32 of one image [3, Y, X], by overlapping windows of `window` px, `at_once` in a batch."""
+    multiple = model.backbone.config.patch_size
+    overlap = max(multiple, window // 4 // multiple * multiple)
+    blend = Blend(*planes.shape[1:], window, overlap, multiple)
+    found: list[np.ndarray] = []
+    batch: list[np.ndarray] = []
+
+    def flush() -> None:
+        with torch.inference_mode():
+            pixels = torch.from_numpy(np.stack(batch)).to(model.decoder.head.weight.device)
+            found.extend(torch.sigmoid(model(pixels))[:, 0].cpu().numpy())
+        batch.clear()
+
+    for piece in blend.windows(planes):
+        batch.append(piece)
+        if len(batch) == at_once:
+            flush()
+    if batch:
+        flush()
+    return blend.merge(found)
 
 
 def training_facts(job: TrainDistanceMapJob, spec: TrainingSpec, store: Store, task: DistanceMapTask, best_step: int,
@@ -161,6 +193,6 @@ def training_facts(job: TrainDistanceMapJob, spec: TrainingSpec, store: Store, t
             "batch_size": job.batch_size, "learning_rate": job.learning_rate, "backbone_learning_rate": job.backbone_learning_rate,
             "precision": job.precision, "device": job.device, "training_images": len(task.train.pool),
             "validation_images": len(task.validation.pool), "best_validation_loss": progress.get("best_loss"),
-            "sources": [{"images": source.images.rstrip("/").rsplit("/", 1)[-1], "ids": source.ids if isinstance(source.ids, str) else None,
-                         "weight": source.weight} for source in job.train],
+            "sources": [{"images": source.images.rstrip("/").rsplit("/", 1)[-1], "weight": source.weight,
+                         "ids": source.ids.rsplit("/", 1)[-1] if isinstance(source.ids, str) else None} for source in job.train],
             "augmentation": json.loads(job.augmentation.model_dump_json()), "torch": torch.__version__}

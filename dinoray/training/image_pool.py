@@ -30,7 +30,8 @@ class Pixels:
 class ImagePool:
     """Reads images, several threads at once; keeps the most recently used ones within `cache_bytes`."""
 
-    def __init__(self, images: list[LabelledImage], *, channels: str, scaling: str, percents: tuple[float, float], cache_bytes: int):
+    def __init__(self, images: list[LabelledImage], *, channels: str, scaling: str, percents: tuple[float, float],
+                 cache_bytes: int):
         self.images = images
         self._how = {"scaling": scaling, "percents": percents}
         self._channels = channels

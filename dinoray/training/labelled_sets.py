@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
+from dinoray.config.labelled import LabelledSource
 from dinoray.config.training import TrainDistanceMapJob
 from dinoray.errors import BadRequest
 from dinoray.io.annotations import LabelledImage, list_labelled
@@ -18,10 +20,11 @@ def labelled_sets(job: TrainDistanceMapJob) -> tuple[list[LabelledImage], list[L
     train = _listed(job.train)
     if job.validation:
         validation = _listed(job.validation)
-        shared = {file.uri for image in train for file in image.files[:1]} & {f.uri for image in validation for f in image.files[:1]}
+        shared = {image.files[0].uri for image in train} & {image.files[0].uri for image in validation}
         if shared:
             raise BadRequest(f"{plural(len(shared), 'image')} stand in both train and validation, e.g. {min(shared)}",
-                             where="validation", todo="choose them apart with `ids`, or leave validation out to have some set aside")
+                             where="validation", todo="choose them apart with `ids`, or leave validation out to have some set "
+                             "aside")
         return train, validation
     if len(train) < 2:
         raise BadRequest("one labelled image cannot be both trained on and validated on", where="train",
@@ -32,9 +35,7 @@ def labelled_sets(job: TrainDistanceMapJob) -> tuple[list[LabelledImage], list[L
     return [i for i in train if id(i) not in aside], [i for i in train if id(i) in aside]
 
 
-def _listed(sources) -> list[LabelledImage]:
-    from dataclasses import replace
-
+def _listed(sources: tuple[LabelledSource, ...]) -> list[LabelledImage]:
     found = []
     for number, source in enumerate(sources):
         found += [replace(image, source=number) for image in list_labelled(source)]

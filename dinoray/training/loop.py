@@ -175,7 +175,8 @@ class _Run:
     stepping_since: float = field(default_factory=time.monotonic)
     stepping_s: float = 0.0
     """Seconds in the steps of `losses`, without validations and saving."""
-    saved_step: int = -1
+    saved: tuple[int, str] = (-1, "")
+    """Step and `ended` of the newest state of this run."""
     losses: list[float] = field(default_factory=list)
     """Of the steps since the last logged one."""
 
@@ -242,9 +243,9 @@ class _Run:
     def save(self) -> None:
         """Save the newest state (first worker) and report it (all)."""
         progress = self.progress
-        if self.saved_step == progress.step:
+        if self.saved == (progress.step, progress.ended):
             return
-        self.saved_step = progress.step
+        self.saved = progress.step, progress.ended
         self._tick()
         if self.workers.is_first:
             progress.micro_batch = self.stepper.micro_batch

@@ -73,8 +73,11 @@ def survey_images(images: list[LabelledImage], pool: ImagePool, *, threads: int,
         except ItemError as error:
             return row | {"reason": error.reason, "message": str(error)}
         sizes = np.sort(diameters(pixels.labels))
-        kept = sizes if len(sizes) <= DIAMETERS_KEPT else sizes[np.linspace(0, len(sizes) - 1, DIAMETERS_KEPT).round().astype(int)]
-        return row | {"pixel_size_um": pixels.pixel_size_um, "height": pixels.labels.shape[0], "width": pixels.labels.shape[1], "objects": len(sizes),
+        kept = sizes
+        if len(sizes) > DIAMETERS_KEPT:
+            kept = sizes[np.linspace(0, len(sizes) - 1, DIAMETERS_KEPT).round().astype(int)]
+        return row | {"pixel_size_um": pixels.pixel_size_um, "height": pixels.labels.shape[0],
+                      "width": pixels.labels.shape[1], "objects": len(sizes),
                       "median_diameter_px": float(np.median(sizes)) if len(sizes) else None, "diameters_px": kept.tolist()}
 
     with ThreadPoolExecutor(threads, thread_name_prefix="survey") as threads_:

@@ -47,17 +47,22 @@ def distance_map(labels: np.ndarray, spacing: tuple[float, float] = (1.0, 1.0)) 
     return distance
 
 
-def median_diameter(labels: np.ndarray) -> float | None:
-    """Median over the objects of a label image int [Y, X] of the diameter in px of the circle of equal area.
+def diameters(labels: np.ndarray) -> np.ndarray:
+    """Diameter in px, float64 [n], of the circle of equal area of each object of a label image int [Y, X].
 
-    Objects that touch the image's border are cut and left out, unless all do. None when there is no object.
+    Objects that touch the image's border are cut and left out, unless all do.
     """
     labels = checked(labels)
     ids, areas = np.unique(labels, return_counts=True)
     ids, areas = ids[ids > 0], areas[ids > 0]
     if not len(ids):
-        return None
+        return np.zeros(0)
     border = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
     whole = ~np.isin(ids, border)
-    areas = areas[whole] if whole.any() else areas
-    return float(np.median(2 * np.sqrt(areas / math.pi)))
+    return 2 * np.sqrt((areas[whole] if whole.any() else areas) / math.pi)
+
+
+def median_diameter(labels: np.ndarray) -> float | None:
+    """Median of `diameters`; None when there is no object."""
+    found = diameters(labels)
+    return float(np.median(found)) if len(found) else None
