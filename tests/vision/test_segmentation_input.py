@@ -138,7 +138,7 @@ def test_scaling_by_the_plate_and_by_the_dtype() -> None:
     out = planes(image, channels="DNA", scaling="plate", group="p", table=table)
     np.testing.assert_allclose(out[0], scaled(image.pixels[0], 100, 5000), atol=1e-6)
     np.testing.assert_allclose(planes(image, channels="ER", scaling="dtype")[0], image.pixels[1] / 65535, atol=1e-6)
-    colour = DecodedImage(texture((3, 30, 30), 1, "uint16"), ("R", "G", "B"))
+    colour = DecodedImage(texture((3, 30, 30), 1).astype(np.uint16) // 2, ("R", "G", "B"))
     table = {"p": {"R": (5.0, 50.0), "G": (1.0, 90.0), "B": (3.0, 40.0)}}
     out = planes(colour, channels="rgb", scaling="plate", group="p", table=table)
     np.testing.assert_allclose(out, scaled(colour.pixels, 1, 90), atol=1e-6)
