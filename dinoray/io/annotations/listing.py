@@ -9,8 +9,11 @@ from collections.abc import Callable
 
 from dinoray.config.labelled import LabelledSource
 from dinoray.errors import BadRequest
+from dinoray.io.annotations.coco import CocoObjects, list_coco
+from dinoray.io.annotations.ctc import list_ctc
 from dinoray.io.annotations.dsb import list_dsb
 from dinoray.io.annotations.found import Found
+from dinoray.io.annotations.headers import declared_sides
 from dinoray.io.annotations.kinds import kind_of
 from dinoray.io.annotations.labelled import LabelledImage
 from dinoray.io.annotations.pairs import list_cellpose, list_pairs
@@ -19,16 +22,17 @@ from dinoray.io.stores import read_bytes
 logger = logging.getLogger(__name__)
 
 _LISTERS: dict[str, Callable[[LabelledSource], list[Found]]] = {
-    "pairs": list_pairs, "cellpose": list_cellpose, "dsb": list_dsb,
+    "pairs": list_pairs, "cellpose": list_cellpose, "dsb": list_dsb, "coco": list_coco, "ctc": list_ctc,
 }
 _NAMED = 5
 """Images that a message names."""
 
 
-def list_labelled(source: LabelledSource, *, index: int = 0) -> list[LabelledImage]:
+def list_labelled(source: LabelledSource, *, index: int = 0, check_all: bool = False) -> list[LabelledImage]:
     """The labelled images of a source, sorted by image_id (code points). No pixel is read.
 
-    index: the source's number in the job.
+    index: the source's number in the job. check_all: compare the sides of images and labels by their headers, where these
+    are cheap to read (local PNG and TIFF); else `LabelledImage.read` finds out.
     Raises BadRequest for what does not exist or fits no layout, or several; for images without labels or with several
     (up to five are named), for one id twice, for ids that are not there; TransientError, SystemicError for storage trouble.
     """
@@ -40,7 +44,23 @@ def list_labelled(source: LabelledSource, *, index: int = 0) -> list[LabelledIma
     _refuse(broken, len(found), f"images cannot be used as {kind}", source)
     images = [LabelledImage(image.image_id, (*image.item.files, *image.truth.files), index, image.group, source.pixel_size_um,
                             image.item, image.truth, source.channel) for image in found if image.truth is not None]
+    if check_all:
+        differ = [text for image in images if (text := _sides_differ(image))]
+        _refuse(differ, len(images), "images have labels of another size", source)
     return sorted(images, key=lambda image: image.image_id)
+
+
+def _sides_differ(image: LabelledImage) -> str | None:
+    """What the headers say against an image and its labels; None when nothing."""
+    sides = declared_sides(image.item.files[0])
+    if isinstance(image.truth, CocoObjects):
+        labels = {(image.truth.image.height, image.truth.image.width)}
+    else:
+        labels = {declared_sides(file) for file in image.truth.files}
+    others = sorted(found for found in labels if found not in (None, sides))
+    if sides is None or not others:
+        return None
+    return f"{image.image_id}: {sides[0]} x {sides[1]} px, its labels {others[0][0]} x {others[0][1]}"
 
 
 def _refuse(names: list[str], total: int, what: str, source: LabelledSource) -> None:

@@ -38,6 +38,7 @@ def picture(path: Path, shape: tuple[int, int] = (20, 24), seed: int = 0) -> Pat
     return write(path, np.random.default_rng(seed).integers(0, top, shape).astype(dtype))
 
 
-def listed(images: Path | str, labels: Path | str | None = None, **fields) -> list[LabelledImage]:
+def listed(images: Path | str, labels: Path | str | None = None, *, check_all: bool = False, **fields) -> list[LabelledImage]:
     """The labelled images of a source."""
-    return list_labelled(LabelledSource(images=str(images), labels=None if labels is None else str(labels), **fields))
+    source = LabelledSource(images=str(images), labels=None if labels is None else str(labels), **fields)
+    return list_labelled(source, check_all=check_all)
