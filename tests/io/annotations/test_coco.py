@@ -166,8 +166,8 @@ def test_outlines_that_cannot_be_drawn_cost_one_image(tmp_path: Path, segmentati
     ('{"images": [], "annotations": [{"id": 8, "image_id": 4, "segmentation": "x"}]}', "annotation 8"),
     ('{"images": [], "annotations": [{"id": 8, "image_id": 4, "segmentation": {"counts": [4]}}]}', "annotation 8"),
     ('{"images": [], "annotations": [{"id": 8, "image_id": 4, "segmentation": {"size": [2], "counts": [4]}}]}', "annotation 8"),
-    ('{"images": [], "annotations": [{"id": 8, "image_id": 4, "segmentation": {"size": [2, 2], "counts": [.5]}}]}', "annotation 8"),
-    ('{"images": [], "annotations": [{"id": 8, "image_id": 4, "segmentation": {"size": [2, 2], "counts": "\\u00e4"}}]}', "annotation 8"),
+    ('{"images": [], "annotations": [{"id": 8, "image_id": 4, "segmentation": {"size": [2, 2], "counts": [0.5]}}]}', "annotation 8"),
+    ('{"images": [], "annotations": [{"id": 8, "image_id": 4, "segmentation": {"size": [2], "counts": "\\u00e4"}}]}', "annotation 8"),
 ])
 def test_files_that_are_no_coco(tmp_path: Path, text: str, what: str) -> None:
     picture(tmp_path / "a.tif")
