@@ -2,10 +2,8 @@
 
     python -m benchmarks.dsb_splits --data ../shared/data [--write tests/splits.json] [--montage FOLDER]
 
-Two images are joined when their facing borders continue each other: the rows (columns) on both sides of the seam
-correlate, and differ no more than neighbouring rows inside these images do. Joins are taken from the best on, and only
-where the tiles still fit on one grid. The control is the same with one border reversed, where no join can be true.
-Prints how many joins both give, and the images and objects of each split; the file is the same bytes every time.
+The fields are found again by benchmarks/mosaics.py. Prints the joins of tiles, those of its control, and the images and
+objects of each split; the file is the same bytes every time. docs/training-data.md has the tables.
 """
 
 from __future__ import annotations
@@ -13,13 +11,24 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter, defaultdict
-from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from benchmarks.mosaics import (
+    CORRELATION,
+    LEAST_STEP,
+    RATIO,
+    SAME,
+    Mosaic,
+    Picture,
+    components,
+    copies,
+    is_whole,
+    montage,
+    stratum,
+)
 from dinoray.config.labelled import LabelledSource
 from dinoray.io.annotations import LabelledImage, list_labelled
 from dinoray.io.images import load_item
@@ -29,36 +38,8 @@ COLOUR = 6.0
 have 0, the coloured ones 11.9 to 114. All coloured ones are stained tissue (purple on white, yellow or purple; pink)."""
 BRIGHT = 110.0
 """Median gray level above which a gray image is `brightfield`: fluorescence has at most 52, brightfield 226 and more."""
-CORRELATION = 0.5
-"""Least correlation of two facing borders."""
-RATIO = 1.3
-"""Most mean difference of two facing borders, relative to that of neighbouring rows inside: true seams have 0.7 to 1.3."""
-LEAST_STEP = 0.25
-"""Gray levels below which neighbouring rows inside count as this different: else empty borders would divide by 0."""
-SAME = 0.9
-"""Correlation of 32 x 32 thumbnails above which two images of one size are the same: found 1.000 and 0.977, then 0.63."""
 VALIDATION = 0.15
 """Share of the training images that validate."""
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One image, gray, and what is told from its pixels."""
-
-    image_id: str
-    gray: np.ndarray
-    modality: str
-
-
-@dataclass(frozen=True)
-class Join:
-    """Image b continues image a to the right (0, 1) or below (1, 0)."""
-
-    correlation: float
-    ratio: float
-    a: str
-    b: str
-    step: tuple[int, int]
 
 
 def modality_of(pixels: np.ndarray) -> str:
@@ -66,95 +47,6 @@ def modality_of(pixels: np.ndarray) -> str:
     if (pixels.max(0).astype(float) - pixels.min(0)).mean() > COLOUR:
         return "histology"
     return "brightfield" if np.median(pixels.mean(0)) > BRIGHT else "fluorescence"
-
-
-def borders(pictures: list[Picture], step: tuple[int, int], end: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(the last or first row or column of each picture [N, L], mean difference to the one beside it inside [N])."""
-    outer, inner = (-1, -2) if end else (0, 1)
-    rows = [(p.gray[outer], p.gray[inner]) if step == (1, 0) else (p.gray[:, outer], p.gray[:, inner]) for p in pictures]
-    edge = np.array([row for row, _ in rows])
-    return edge, np.abs(edge - np.array([row for _, row in rows])).mean(1)
-
-
-def joins(pictures: list[Picture], *, reverse: bool = False) -> list[Join]:
-    """Joins among pictures of one size, the best first. reverse: the control."""
-    found = []
-    for step in ((0, 1), (1, 0)):
-        a, step_a = borders(pictures, step, end=True)
-        b, step_b = borders(pictures, step, end=False)
-        b = b[:, ::-1] if reverse else b
-        za, zb = (x - x.mean(1, keepdims=True) for x in (a, b))
-        norms = np.sqrt(np.outer((za ** 2).sum(1), (zb ** 2).sum(1)))
-        correlation = za @ zb.T / np.maximum(norms, 1e-9)
-        difference = np.array([np.abs(row - b).mean(1) for row in a])
-        ratio = difference / np.maximum((step_a[:, None] + step_b[None]) / 2, LEAST_STEP)
-        fits = (correlation >= CORRELATION) & (ratio <= RATIO) & ~np.eye(len(pictures), dtype=bool)
-        found += [Join(round(float(correlation[i, j]), 6), round(float(ratio[i, j]), 6), pictures[i].image_id, pictures[j].image_id,
-                       step) for i, j in np.argwhere(fits)]
-    return sorted(found, key=lambda join: (-join.correlation, join.ratio, join.a, join.b))
-
-
-def assemble(names: list[str], found: list[Join]) -> tuple[list[dict[tuple[int, int], str]], int]:
-    """(mosaics as {(row, column): image}, joins that fitted): every image is in one mosaic, many alone."""
-    place = {name: (name, 0, 0) for name in names}
-    mosaics = {name: {(0, 0): name} for name in names}
-    taken = 0
-    for join in found:
-        (first, ya, xa), (second, yb, xb) = place[join.a], place[join.b]
-        dy, dx = ya + join.step[0] - yb, xa + join.step[1] - xb
-        if first == second:
-            taken += (dy, dx) == (0, 0)
-            continue
-        moved = {(y + dy, x + dx): name for (y, x), name in mosaics[second].items()}
-        if moved.keys() & mosaics[first].keys():
-            continue
-        mosaics[first] |= moved
-        del mosaics[second]
-        place |= {name: (first, y, x) for (y, x), name in moved.items()}
-        taken += 1
-    return [dict(sorted(mosaic.items())) for mosaic in mosaics.values()], taken
-
-
-def copies(pictures: list[Picture]) -> dict[str, str]:
-    """Image -> the first image (by id) of one size with the same content, for images that have one."""
-    found: dict[str, str] = {}
-    for same_size in by(pictures, lambda p: p.gray.shape).values():
-        thumbs = np.array([np.asarray(Image.fromarray(p.gray).resize((32, 32), Image.Resampling.BOX)).ravel() for p in same_size])
-        thumbs -= thumbs.mean(1, keepdims=True)
-        thumbs /= np.maximum(np.linalg.norm(thumbs, axis=1, keepdims=True), 1e-9)
-        for i, j in np.argwhere(np.triu(thumbs @ thumbs.T > SAME, 1)):
-            found.setdefault(same_size[j].image_id, found.get(same_size[i].image_id, same_size[i].image_id))
-    return found
-
-
-def by(pictures: list[Picture], key) -> dict:
-    """Pictures in groups, in the order of ids."""
-    groups = defaultdict(list)
-    for picture in sorted(pictures, key=lambda p: p.image_id):
-        groups[key(picture)].append(picture)
-    return dict(groups)
-
-
-def stratum(picture: Picture) -> tuple[str, int, int]:
-    """What joined images share: modality and size."""
-    return picture.modality, *picture.gray.shape
-
-
-def components(pictures: list[Picture], *, reverse: bool = False) -> tuple[list[dict[tuple[int, int], str]], dict[tuple, list[int]]]:
-    """(mosaics, {stratum: [pairs compared, joins taken]}); a copy of an image is in none of them."""
-    same = copies(pictures)
-    mosaics, counts = [], {}
-    for key, group in sorted(by([p for p in pictures if p.image_id not in same], stratum).items()):
-        found, taken = assemble([p.image_id for p in group], joins(group, reverse=reverse))
-        mosaics += found
-        counts[key] = [2 * len(group) * (len(group) - 1), taken]
-    return sorted(mosaics, key=lambda mosaic: min(mosaic.values())), counts
-
-
-def is_whole(mosaic: dict[tuple[int, int], str]) -> bool:
-    """Whether a mosaic of several tiles is a full rectangle: no neighbour of its tiles can be elsewhere unseen."""
-    rows, columns = {y for y, _ in mosaic}, {x for _, x in mosaic}
-    return len(rows) > 1 and len(columns) > 1 and len(rows) * len(columns) == len(mosaic)
 
 
 def choose(pictures: dict[str, Picture], groups: list[list[str]], whole: list[bool]) -> list[str]:
@@ -200,8 +92,8 @@ def make(train: list[Picture], test: list[Picture]) -> dict:
     return {
         "made_by": "python -m benchmarks.dsb_splits --data ../shared/data --write tests/splits.json",
         "rule": {
-            "components": "images of one size and modality whose facing borders correlate and differ no more than neighbouring rows "
-                          "inside, best first, where they fit on one grid; and copies",
+            "components": "images of one size and modality whose facing borders correlate and differ no more than "
+                          "neighbouring rows inside, best first, where they fit on one grid; and copies",
             "modality": "histology: coloured; brightfield: gray and bright; fluorescence: gray and dark",
             "validation": "whole components, by modality and size, by hash; of sizes that are mostly tiles full rectangles only; "
                           "none with test tiles",
@@ -249,15 +141,19 @@ def text_of(splits: dict) -> str:
     return json.dumps(splits, indent=1) + "\n"
 
 
+def shape_of(mosaic: Mosaic) -> str:
+    """`2x2`; with the number of tiles where that is not full."""
+    rows, columns = ({place[axis] for place in mosaic} for axis in (0, 1))
+    full = len(rows) * len(columns) == len(mosaic)
+    return f"{len(rows)}x{len(columns)}" + ("" if full else f" ({len(mosaic)})")
+
+
 def print_joins(pictures: list[Picture]) -> None:
     """Joins of each kind of image against the control, and the shapes of the mosaics."""
     mosaics, counts = components(pictures)
     control = components(pictures, reverse=True)[1]
-    shapes = Counter()
     keys = {p.image_id: stratum(p) for p in pictures}
-    for mosaic in mosaics:
-        rows, columns = ({place[axis] for place in mosaic} for axis in (0, 1))
-        shapes[keys[next(iter(mosaic.values()))], f"{len(rows)}x{len(columns)}" + ("" if is_whole(mosaic) else f" ({len(mosaic)})")] += 1
+    shapes = Counter((keys[next(iter(mosaic.values()))], shape_of(mosaic)) for mosaic in mosaics)
     print("| modality | size | borders compared | joins | joins of the control | mosaics: rows x columns (tiles, where not full) |")
     print("| --- | --- | --- | --- | --- | --- |")
     for key, (compared, taken) in counts.items():
@@ -277,33 +173,6 @@ def print_counts(splits: dict, data: Path) -> None:
             if names:
                 print(f"| {split} | {modality} | {len(names)} | {sum(objects[name] for name in names):,} | "
                       f"{len({entry['component'][name] for name in names})} |")
-
-
-def montage(pictures: list[Picture], folder: Path, tile: int = 64) -> None:
-    """One PNG per kind of image with its mosaics of several tiles, stitched, with a gap between mosaics."""
-    folder.mkdir(parents=True, exist_ok=True)
-    known = {p.image_id: p for p in pictures}
-    sheets = defaultdict(list)
-    for mosaic in components(pictures)[0]:
-        if len(mosaic) > 1:
-            sheets[stratum(known[next(iter(mosaic.values()))])].append(mosaic)
-    for key, mosaics in sheets.items():
-        blocks = []
-        for mosaic in mosaics:
-            top, left = (min(place[axis] for place in mosaic) for axis in (0, 1))
-            block = np.zeros(((max(y for y, _ in mosaic) - top + 1) * tile, (max(x for _, x in mosaic) - left + 1) * tile), np.uint8)
-            light = max(40.0, max(float(np.percentile(known[name].gray, 99.5)) for name in mosaic.values()))
-            for (y, x), name in mosaic.items():
-                small = Image.fromarray(np.clip(known[name].gray * 255 / light, 0, 255).astype(np.uint8)).resize((tile, tile))
-                block[(y - top) * tile:(y - top + 1) * tile, (x - left) * tile:(x - left + 1) * tile] = np.asarray(small)
-            blocks.append(block)
-        side = max(max(block.shape) for block in blocks) + 8
-        columns = max(1, 1600 // side)
-        sheet = np.full((-(-len(blocks) // columns) * side, columns * side), 90, np.uint8)
-        for i, block in enumerate(blocks):
-            y, x = i // columns * side, i % columns * side
-            sheet[y:y + block.shape[0], x:x + block.shape[1]] = block
-        Image.fromarray(sheet).save(folder / f"{key[0]}_{key[1]}x{key[2]}.png")
 
 
 def main() -> None:
