@@ -120,9 +120,10 @@ def test_refusals(call, match: str) -> None:
 
 
 @settings(deadline=None, max_examples=200)
-@given(height=st.integers(1, 700), width=st.integers(1, 700), patch=st.sampled_from([4, 8, 16]), window=st.sampled_from([48, 64, 256]),
-       overlap=st.integers(0, 2))
-def test_aligned_windows_begin_where_those_of_the_patches_do(height: int, width: int, patch: int, window: int, overlap: int) -> None:
+@given(height=st.integers(1, 700), width=st.integers(1, 700), patch=st.sampled_from([4, 8, 16]),
+       window=st.sampled_from([48, 64, 256]), overlap=st.integers(0, 2))
+def test_aligned_windows_begin_where_those_of_the_patches_do(height: int, width: int, patch: int, window: int,
+                                                              overlap: int) -> None:
     fine = Blend(height, width, window, overlap * patch, multiple=patch, aligned=True)
     assert all(side % patch == 0 for side in (*fine.padded, *fine.shape))
     coarse = fine.coarse()

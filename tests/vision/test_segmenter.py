@@ -22,6 +22,11 @@ from dinoray.vision.targets import distance_map
 from tests.vision.distance_models import FOUR, seeing_model, small_config, small_model
 
 
+@pytest.fixture(autouse=True)
+def single(one_thread: None) -> None:
+    """Networks this small only wait for each other's threads; and one thread per forward is what runners use."""
+
+
 def segmenter(model=None, *, token_budget: int = 1000, config: dict | None = None, **fields: object) -> Segmenter:
     return Segmenter(model or small_model(), small_config(**(config or {})), token_budget=token_budget, **fields)
 
@@ -33,12 +38,13 @@ def images(count: int, shape: tuple[int, int] = (48, 64), seed: int = 0) -> list
 
 def discs(shape: tuple[int, int], radius: float, pitch: int) -> np.ndarray:
     """Label image of discs on a grid, none at the border."""
-    labels, number = np.zeros(shape, np.int32), 0
-    y, x = np.mgrid[:shape[0], :shape[1]]
-    for cy in range(pitch // 2, shape[0] - pitch // 2 + 1, pitch):
-        for cx in range(pitch // 2, shape[1] - pitch // 2 + 1, pitch):
+    labels, half, number = np.zeros(shape, np.int32), pitch // 2, 0
+    y, x = np.mgrid[:2 * half, :2 * half] + 0.5 - half
+    disc = y**2 + x**2 < radius**2
+    for cy in range(half, shape[0] - half + 1, pitch):
+        for cx in range(half, shape[1] - half + 1, pitch):
             number += 1
-            labels[(y + 0.5 - cy) ** 2 + (x + 0.5 - cx) ** 2 < radius**2] = number
+            labels[cy - half:cy + half, cx - half:cx + half][disc] = number
     return labels
 
 
@@ -140,14 +146,9 @@ def test_bfloat16_is_close_and_its_maps_are_float32() -> None:
 def test_a_window_has_the_same_bytes_whatever_stands_beside_it() -> None:
     a, b, c, d, e = images(5)
     ours = segmenter(token_budget=17 * 4)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        first = ours.predict([a, b, c], True)
-        other = ours.predict([a, d, e], True)
-        fours = ours.predict([a, b, c, c], True)
-    finally:
-        torch.set_num_threads(before)
+    first = ours.predict([a, b, c], True)
+    other = ours.predict([a, d, e], True)
+    fours = ours.predict([a, b, c, c], True)
     for mine, theirs, padded in zip(first, other, fours, strict=True):
         assert np.array_equal(mine[0], theirs[0])
         assert np.array_equal(mine, padded[:3]), "three are padded to four with the last"
@@ -156,20 +157,15 @@ def test_a_window_has_the_same_bytes_whatever_stands_beside_it() -> None:
 def test_threads_share_it() -> None:
     batches = [images(3, seed=t) for t in range(6)]
     ours = segmenter()
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        alone = [ours.predict(batch, True) for batch in batches]
-        barrier = threading.Barrier(3)
+    alone = [ours.predict(batch, True) for batch in batches]
+    barrier = threading.Barrier(3)
 
-        def work(batch: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-            barrier.wait(timeout=20)
-            return ours.predict(batch, True)
+    def work(batch: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        barrier.wait(timeout=20)
+        return ours.predict(batch, True)
 
-        with ThreadPoolExecutor(3) as pool:
-            together = list(pool.map(work, batches))
-    finally:
-        torch.set_num_threads(before)
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(work, batches))
     for one, other in zip(alone, together, strict=True):
         assert all(np.array_equal(x, y) for x, y in zip(one, other, strict=True))
 
