@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,12 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dinoray.errors import BadRequest, ItemError
-from dinoray.io.label_pairs import LabelPair
-from dinoray.io.stores import read_bytes
+from dinoray.generations import generations, quarantined_now
+from dinoray.io.label_pairs import LabelPair, masks_of_output
+from dinoray.io.stores import open_store, read_bytes
 from dinoray.io.text_tables import text_rows
 from dinoray.memory.meter import available_cores
 from dinoray.report.evaluation_page import render_evaluation
 from dinoray.report.html import write_page
+from dinoray.units import Plan
 from dinoray.vision.bootstrap import POOLINGS, RESAMPLES, Estimate, Summary, summarise
 from dinoray.vision.instance_metrics import THRESHOLDS, ImageScore, score_image
 from dinoray.vision.score_summary import MEAN_AP, Counts, default_metrics, evaluate
@@ -96,6 +99,22 @@ def _score(pair: LabelPair, thresholds: tuple[float, ...]) -> ImageScore | str:
     except (ItemError, BadRequest) as error:
         return f"{pair.image_id}: {error.what} [{error.where}]"
     return score_image(pred, truth, image_id=pair.image_id, thresholds=thresholds)
+
+
+def output_notes(pred: str) -> list[str]:
+    """What a reader must know of the run that made the predictions: units not done, images in quarantine. Nothing for
+    plain folders. Raises OutputDamaged when its records cannot be read."""
+    store = open_store(pred)
+    if masks_of_output(pred) is None or not Plan.exists(store):
+        return []
+    parts = generations(store)
+    planned, waiting = sum(len(part.plan) for part in parts), sum(len(set(part.plan.unit_ids) - part.ledger.done()) for part in parts)
+    notes = [f"the run is unfinished: {waiting:,} of {plural(planned, 'unit')} are not done"] if waiting else []
+    reasons = Counter(quarantined_now(parts)["reason"].to_pylist())
+    if reasons:
+        named = ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common())
+        notes.append(f"{plural(reasons.total(), 'image')} of the run in quarantine: {named}")
+    return notes
 
 
 def read_groups(source: str, by: str | None = None) -> dict[str, str]:

@@ -20,6 +20,7 @@ from dinoray.io.label_pairs import LabelPair, list_predictions, list_truth, pair
 from dinoray.vision.bootstrap import bootstrap
 from dinoray.vision.instance_metrics import THRESHOLDS, score_image
 from tests.realdata import data_folder
+from tests.runs import run, use_tiny_backbone
 
 
 def squares(count: int, found: int, invented: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -180,6 +181,24 @@ def test_groups_that_cannot_be_read(tmp_path: Path, folders) -> None:
             read_groups(str(tmp_path / place), "day")
     with pytest.raises(BadRequest, match="none of the images has a group"):
         evaluate_cells(pairs_of(folders), groups={"other": "x"})
+
+
+def test_an_unfinished_run_is_said(folders: tuple[Path, Path], tmp_path: Path, monkeypatch, capsys) -> None:
+    """(An output of another job stands for one with masks: units, receipts and quarantine are the same.)"""
+    use_tiny_backbone(monkeypatch)
+    (tmp_path / "in").mkdir()
+    for name, (pred, _) in SET.items():
+        tifffile.imwrite(tmp_path / f"in/{name}.tif", pred.astype(np.uint16))
+    (tmp_path / "in/broken.tif").write_bytes(b"II*\0")
+    run(tmp_path / "in", tmp_path / "out", unit_items=2, max_failed_fraction=0.9)
+    folders[0].rename(tmp_path / "out/masks")
+    argv = ["--pred", tmp_path / "out", "--truth", folders[1], "--bootstrap", 0]
+    code, text, _ = call(monkeypatch, capsys, *argv)
+    assert code == 0 and text.splitlines()[:2] == ["2 images of the run in quarantine: constant 1, decode 1", (
+        "all images: 4 images, 17 true objects, 15 predicted")]
+    next((tmp_path / "out/_dinoray/receipts").iterdir()).unlink()
+    code, text, _ = call(monkeypatch, capsys, *argv)
+    assert code == 0 and text.startswith("the run is unfinished: 1 of 3 units are not done\n")
 
 
 def test_a_real_truth_against_itself(tmp_path: Path, monkeypatch, capsys) -> None:

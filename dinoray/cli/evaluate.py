@@ -36,7 +36,7 @@ def cells(
     """SEG, DET, OP_CSB, AP, F1 and PQ of instance masks, image-mean and pooled, with intervals (docs/evaluation.md)."""
     from dinoray.config.building import build_job
     from dinoray.config.labelled import LabelledSource
-    from dinoray.evaluation import evaluate_cells, read_groups, table_lines, write_evaluation
+    from dinoray.evaluation import evaluate_cells, output_notes, read_groups, table_lines, write_evaluation
     from dinoray.io.label_pairs import choose, list_predictions, list_truth, pair_up
 
     if kind not in KINDS:
@@ -53,6 +53,7 @@ def cells(
     settings = {"pred": pred, "truth": truth, "kind": kind, "images": images, "ids": ids, "groups": groups, "by": by}
     result = evaluate_cells(pairs, thresholds=_numbers(thresholds), resamples=bootstrap, seed=seed, settings=settings,
                             groups=read_groups(groups, by) if groups else None)
+    result.notes[:0] = output_notes(pred)
     if unused:
         result.notes.append(f"{len(unused):,} predictions without true labels are not scored: {', '.join(unused[:5])}"
                             + (f" and {len(unused) - 5:,} more" if len(unused) > 5 else ""))

@@ -84,9 +84,15 @@ def list_truth(source: LabelledSource | str) -> list[TrueLabels]:
 def list_predictions(source: str) -> dict[str, Truth]:
     """name -> label image, of a folder, glob or URL of label images, or of an output of `dinoray segment cells` (its
     folder `masks`). Raises BadRequest when there is none, or two of one name."""
-    inside = f"{source.rstrip('/')}/{MASKS}"
-    labels = _label_files(inside, encoded=True)[0] if _is_folder(inside) else _label_files(source)[0]
+    inside = masks_of_output(source)
+    labels = _label_files(inside, encoded=True)[0] if inside else _label_files(source)[0]
     return {name: LabelFile(item.files[0]) for name, item in labels.items()}
+
+
+def masks_of_output(source: str) -> str | None:
+    """The folder of masks in an output of `dinoray segment cells`; None when `source` is none."""
+    inside = f"{source.rstrip('/')}/{MASKS}"
+    return inside if _is_folder(inside) else None
 
 
 def choose(truth: Sequence[TrueLabels], ids: Sequence[str]) -> list[TrueLabels]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import tifffile
@@ -13,6 +14,7 @@ from PIL import Image
 from dinoray.config.labelled import LabelledSource
 from dinoray.errors import BadRequest
 from dinoray.io.label_pairs import choose, list_predictions, list_truth, pair_up
+from tests.omezarr import write_image
 
 
 def write(path: Path, labels: np.ndarray | None = None) -> Path:
@@ -87,6 +89,19 @@ def test_an_output_of_segment_cells(tmp_path: Path) -> None:
     files(tmp_path / "out", "masks/a%20b/c%2Fd.tif", "masks/e.tif", "report.png")
     assert sorted(list_predictions(str(tmp_path / "out"))) == ["a b/c/d", "e"]
     assert sorted(list_predictions(files(tmp_path / "plain", "a%20b.tif"))) == ["a%20b"]
+
+
+def test_ome_zarr_and_urls(tmp_path: Path) -> None:
+    labels = np.zeros((1, 1, 1, 9, 12), np.int32)
+    labels[..., 2:5, 3:7] = 70_000
+    write_image(tmp_path / "out/masks/a.zarr", labels)
+    truth = files(tmp_path / "truth", "a.tif")
+    tifffile.imwrite(tmp_path / "truth/a.tif", (labels[0, 0, 0] > 0).astype(np.uint8))
+    fsspec.filesystem("memory").put(str(tmp_path / "out"), "/label-pairs/out", recursive=True)
+    for place in (str(tmp_path / "out"), "memory://label-pairs/out"):
+        pairs, _ = pair_up(list_predictions(place), list_truth(truth))
+        pred, true = pairs[0].read()
+        assert pred.max() == 70_000 and np.array_equal(pred > 0, true > 0), place
 
 
 def test_ids(tmp_path: Path) -> None:
