@@ -108,11 +108,12 @@ def output_notes(pred: str) -> list[str]:
     if masks_of_output(pred) is None or not Plan.exists(store):
         return []
     parts = generations(store)
-    planned, waiting = sum(len(part.plan) for part in parts), sum(len(set(part.plan.unit_ids) - part.ledger.done()) for part in parts)
+    planned = sum(len(part.plan) for part in parts)
+    waiting = sum(len(set(part.plan.unit_ids) - part.ledger.done()) for part in parts)
     notes = [f"the run is unfinished: {waiting:,} of {plural(planned, 'unit')} are not done"] if waiting else []
     reasons = Counter(quarantined_now(parts)["reason"].to_pylist())
     if reasons:
-        named = ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common())
+        named = ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items()))
         notes.append(f"{plural(reasons.total(), 'image')} of the run in quarantine: {named}")
     return notes
 

@@ -194,7 +194,7 @@ def test_an_unfinished_run_is_said(folders: tuple[Path, Path], tmp_path: Path, m
     folders[0].rename(tmp_path / "out/masks")
     argv = ["--pred", tmp_path / "out", "--truth", folders[1], "--bootstrap", 0]
     code, text, _ = call(monkeypatch, capsys, *argv)
-    assert code == 0 and text.splitlines()[:2] == ["2 images of the run in quarantine: constant 1, decode 1", (
+    assert code == 0 and text.splitlines()[:2] == ["2 images of the run in quarantine: constant 1, truncated 1", (
         "all images: 4 images, 17 true objects, 15 predicted")]
     next((tmp_path / "out/_dinoray/receipts").iterdir()).unlink()
     code, text, _ = call(monkeypatch, capsys, *argv)
