@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from dinoray.cli import chaos, doctor, export, jobs, outputs, train  # noqa: F401 (their commands register themselves)
+from dinoray.cli import chaos, doctor, evaluate, export, jobs, outputs, train  # noqa: F401 (their commands register themselves)
 from dinoray.cli.app import app, guarded, say, with_signals
 from dinoray.cli.jobs import job_command, run_extract_images, run_extract_volume, run_job_script
 

@@ -54,7 +54,7 @@ def write_report(out: str, to: str | None = None) -> str:
     if to is None:
         store.put("report.html", page)
         return f"{store.url}/report.html"
-    return _write(to, page)
+    return write_page(to, page)
 
 
 def render(run: Run) -> str:
@@ -141,8 +141,8 @@ def _reading(run: Run, sample: Sample) -> dict[str, Any]:
             "dense": sample.dense_column, "index": sample.index_column}
 
 
-def _write(to: str, page: bytes) -> str:
-    """Write the page to a local path (atomically) or a URL. Raises BadRequest when that cannot be done."""
+def write_page(to: str, page: bytes) -> str:
+    """Write a page (or what goes with it) to a local path (atomically) or a URL. Raises BadRequest when that cannot be done."""
     try:
         if not is_local(to):
             fs, path = filesystem(to)
@@ -154,7 +154,7 @@ def _write(to: str, page: bytes) -> str:
         return str(target)
     except OSError as error:
         raise BadRequest(f"the report cannot be written: {error.strerror or error}", where=to,
-                         todo="give --to a file in a folder that you may write to") from error
+                         todo="name a file in a folder that you may write to") from error
 
 
 def _replace(target: Path, page: bytes) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
+from dinoray.report.curves import Series
 from dinoray.report.plots import number
 
 WIDTH, HEIGHT = 560, 250
@@ -22,27 +23,16 @@ _DOTS = 60
 
 
 @dataclass(frozen=True)
-class Line:
-    """One curve: y [n] over x [n]; values that are not finite are left out."""
-
-    label: str
-    colour: int
-    x: Sequence[float]
-    y: Sequence[float]
-    dashed: bool = False
-
-
-@dataclass(frozen=True)
 class Chart:
     """A drawn chart: what it shows, its lines for the legend, a note on its axis."""
 
     title: str
     svg: Markup
-    lines: list[Line]
+    lines: list[Series]
     note: str = ""
 
 
-def chart(title: str, lines: Sequence[Line], *, log: bool = False, from_zero: bool = False,
+def chart(title: str, lines: Sequence[Series], *, log: bool = False, from_zero: bool = False,
           mark: tuple[float, float, str] | None = None) -> Chart | None:
     """Draw curves on one pair of axes, or None where there is no value.
 
@@ -83,9 +73,9 @@ def chart(title: str, lines: Sequence[Line], *, log: bool = False, from_zero: bo
     return Chart(title, svg, cleaned, "log axis" if logarithmic else "")
 
 
-def _finite(line: Line) -> Line:
+def _finite(line: Series) -> Series:
     good = [(x, y) for x, y in zip(line.x, line.y, strict=True) if math.isfinite(x) and math.isfinite(y)]
-    return Line(line.label, line.colour, [x for x, _ in good], [y for _, y in good], line.dashed)
+    return Series(line.label, line.colour, [x for x, _ in good], [y for _, y in good], line.dashed)
 
 
 def _ends(values: np.ndarray) -> tuple[float, float]:
@@ -110,7 +100,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return [10.0 ** power for power in range(first, last + step, step)]
 
 
-def _thinned(line: Line) -> list[tuple[float, float]]:
+def _thinned(line: Series) -> list[tuple[float, float]]:
     points = list(zip(line.x, line.y, strict=True))
     if len(points) <= 2 * POINTS:
         return points

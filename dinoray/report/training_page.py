@@ -12,7 +12,8 @@ from PIL import Image
 from dinoray.io.stores import Store
 from dinoray.io.training_examples import Example
 from dinoray.report import outlines
-from dinoray.report.lines import Chart, Line, chart
+from dinoray.report.curves import Series
+from dinoray.report.lines import Chart, chart
 from dinoray.report.page import environment
 from dinoray.report.pictures import data_uri, one_line
 from dinoray.report.plots import histogram, number
@@ -42,7 +43,8 @@ def _head(found: Training) -> dict[str, Any]:
     settings = [(name, _text(value)) for name, value in found.changed_settings()]
     backbone = "frozen" if job.backbone_learning_rate is None else "trained with the decoder"
     return {"kind": "distance maps of cells", "model": record.identity.model, "backbone": backbone,
-            "weights": job.weights or "official", "from_scratch": (job.weights or "").startswith("random"), "digest": record.identity.weights_digest,
+            "weights": job.weights or "official", "from_scratch": (job.weights or "").startswith("random"),
+            "digest": record.identity.weights_digest,
             "fingerprint": record.fingerprint, "command": record.command, "out": found.store.url, "step": step, "steps": steps,
             "ended": progress.get("ended") or "", "complete": bool(progress.get("ended")) and found.checkpoint is not None,
             "seconds": progress.get("seconds"), "speed": float(np.median(speeds)) if speeds else None,
@@ -75,12 +77,12 @@ def _charts(found: Training) -> list[Chart]:
     best_step, best_loss = progress.get("best_step"), progress.get("best_loss")
     mark = (best_step, best_loss, f"best: {number(best_loss)} at step {best_step:,}") if best_step and best_loss else None
     last = [found.history[0]["step"], found.history[-1]["step"]] if found.history else []
-    shown = [chart("Loss", [Line("training, mean since the last point", 0, *values("loss")),
-                            Line("validation, without augmentation", 1, *values("val_loss"))], log=True, mark=mark),
-             chart("Learning rate", [Line("of the decoder", 0, *values("lr"))], from_zero=True),
-             chart("Gradient norm", [Line("before clipping", 0, *values("grad_norm")),
-                                     Line("clipped to", 2, last, [found.job.clip_norm] * len(last), dashed=True)], log=True),
-             chart("Speed", [Line("samples per second of steps", 0, *values("samples_per_s"))], from_zero=True)]
+    shown = [chart("Loss", [Series("training, mean since the last point", 0, *values("loss")),
+                            Series("validation, without augmentation", 1, *values("val_loss"))], log=True, mark=mark),
+             chart("Learning rate", [Series("of the decoder", 0, *values("lr"))], from_zero=True),
+             chart("Gradient norm", [Series("before clipping", 0, *values("grad_norm")),
+                                     Series("clipped to", 2, last, [found.job.clip_norm] * len(last), dashed=True)], log=True),
+             chart("Speed", [Series("samples per second of steps", 0, *values("samples_per_s"))], from_zero=True)]
     return [one for one in shown if one is not None]
 
 

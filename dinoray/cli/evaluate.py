@@ -1,0 +1,75 @@
+"""`dinoray evaluate`: how good are masks, measured against true ones?"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from dinoray.cli.app import app, say
+from dinoray.errors import BadRequest
+
+evaluate = typer.Typer(no_args_is_help=True, help="Compare masks with true ones.")
+app.add_typer(evaluate, name="evaluate")
+
+KINDS = ("labels", "auto", "pairs", "cellpose", "dsb", "coco", "ctc")
+
+
+@evaluate.command()
+def cells(
+    pred: Annotated[str, typer.Option("--pred", help="Folder, glob or URL of label images, or the --out of a "
+                                     "`dinoray segment cells`.")],
+    truth: Annotated[str, typer.Option("--truth", help="Folder, glob or URL of label images; with --kind, a labelled data set.")],
+    kind: Annotated[str, typer.Option("--kind", help=f"{' | '.join(KINDS)}: layout of --truth.")] = "labels",
+    images: Annotated[str | None, typer.Option("--images", help="The images of --truth, to be shown on the page.")] = None,
+    ids: Annotated[list[str] | None, typer.Option("--ids", help="Only these image ids: separated by commas, or "
+                                                  "FILE.json#key/key.")] = None,
+    out: Annotated[str | None, typer.Option("--out", help="Folder or URL for evaluation.json, .parquet and .html.")] = None,
+    thresholds: Annotated[str, typer.Option("--thresholds", help="IoU thresholds of the table.")] = "0.5,0.75",
+    bootstrap: Annotated[int, typer.Option("--bootstrap", help="Draws for the 95 % intervals; 0 for none.")] = 10_000,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the draws.")] = 0,
+    groups: Annotated[str | None, typer.Option("--groups", help="Groups of images: FILE.json[#key/key] of image id: group, or a "
+                                               "CSV or Parquet table with item_id.")] = None,
+    by: Annotated[str | None, typer.Option("--by", help="The column (or key) of --groups that names the group.")] = None,
+    allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Score a missing prediction as empty.")] = False,
+) -> None:
+    """SEG, DET, OP_CSB, AP, F1 and PQ of instance masks, image-mean and pooled, with intervals (docs/evaluation.md)."""
+    from dinoray.config.building import build_job
+    from dinoray.config.labelled import LabelledSource
+    from dinoray.evaluation import evaluate_cells, output_notes, read_groups, table_lines, write_evaluation
+    from dinoray.io.label_pairs import choose, list_predictions, list_truth, pair_up
+
+    if kind not in KINDS:
+        raise BadRequest(f"unknown layout {kind!r}", where="--kind", todo=f"one of {', '.join(KINDS)}")
+    if by is not None and groups is None:
+        raise BadRequest("--by names a column of --groups", where="--by", todo="give --groups TABLE")
+    chosen = [name.strip() for text in ids or () for name in text.split(",") if name.strip()]
+    if images is not None:
+        source = build_job(LabelledSource, {"images": images, "labels": truth, "kind": "auto" if kind == "labels" else kind})
+    else:
+        source = truth if kind == "labels" else build_job(LabelledSource, {"images": truth, "kind": kind})
+    found = list_truth(source)
+    pairs, unused = pair_up(list_predictions(pred), choose(found, chosen) if chosen else found, allow_missing=allow_missing)
+    settings = {"pred": pred, "truth": truth, "kind": kind, "images": images, "ids": ids, "groups": groups, "by": by}
+    result = evaluate_cells(pairs, thresholds=_numbers(thresholds), resamples=bootstrap, seed=seed, settings=settings,
+                            groups=read_groups(groups, by) if groups else None)
+    result.notes[:0] = output_notes(pred)
+    if unused:
+        result.notes.append(f"{len(unused):,} predictions without true labels are not scored: {', '.join(unused[:5])}"
+                            + (f" and {len(unused) - 5:,} more" if len(unused) > 5 else ""))
+    for note in result.notes:
+        say(note)
+    for line in table_lines(result.summary):
+        say(line)
+    for name, summary in result.groups.items():
+        for line in table_lines(summary, name):
+            say(line)
+    for name in write_evaluation(result, out) if out else ():
+        say(name)
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise BadRequest(f"not numbers: {text!r}", where="--thresholds", todo="such as 0.5,0.75") from None
