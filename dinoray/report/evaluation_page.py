@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dinoray.io.label_pairs import LabelPair
-from dinoray.report import mask_pictures
+from dinoray.report import mask_pictures, outlines
 from dinoray.report.curves import POINTS, Series, counts_scatter, curves
 from dinoray.report.mask_pictures import draw_masks
 from dinoray.report.page import environment
@@ -93,6 +93,6 @@ def _worst(scores: Sequence[ImageScore], ap50: np.ndarray, pairs: Mapping[str, L
 
 def _colours() -> dict[str, str]:
     """CSS colours of the pictures' legend."""
-    names = {"truth": mask_pictures.TRUTH, "pred": mask_pictures.PRED, "both": mask_pictures.BOTH, "found": mask_pictures.FOUND,
+    names = {"truth": outlines.TRUTH, "pred": outlines.PRED, "both": outlines.BOTH, "found": mask_pictures.FOUND,
              "invented": mask_pictures.INVENTED, "missed": mask_pictures.MISSED, "mixed": mask_pictures.MIXED}
     return {name: "#" + bytes(colour).hex() for name, colour in names.items()}

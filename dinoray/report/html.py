@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from dinoray.errors import BadRequest, OutputDamaged
-from dinoray.io.stores import filesystem, is_local, local_path
+from dinoray.io.stores import filesystem, is_local, local_path, open_store
 from dinoray.report import plots
 from dinoray.report.gallery import Gallery, build_gallery
 from dinoray.report.leakage import measure_leakage
@@ -27,18 +27,20 @@ from dinoray.report.plates import read_plates
 from dinoray.report.quarantine import plates_by_loss, quarantine_reasons
 from dinoray.report.run import Run, open_for_report
 from dinoray.report.sample import Sample, read_sample
+from dinoray.report.training_page import render_training
+from dinoray.report.training_records import is_training
 from dinoray.report.volume_page import render_volume
 from dinoray.verification import DATA_FOLDERS
 
 HISTOGRAM_CHANNELS = 8
 PLATES_LISTED = 12
-_GUARDED = (*DATA_FOLDERS, "_dinoray", "_SUCCESS")
+_GUARDED = (*DATA_FOLDERS, "checkpoint", "tensorboard", "history.json", "_dinoray", "_SUCCESS")
 """Parts of an output that a page must not be written into: `verify` would find it, or miss what it replaced."""
 _QC = (("p50", "median intensity"), ("focus", "focus (sharpness)"), ("frac_saturated", "saturated share"))
 
 
 def write_report(out: str, to: str | None = None) -> str:
-    """Write the report of the run in `out` (folder or URL), finished or not; returns the file's path or URL.
+    """Write the report of the run or training in `out` (folder or URL), finished or not; returns the file's path or URL.
 
     `to` is the file to write, default `OUT/report.html`. Inputs are read again for thumbnails; those that
     cannot be read get a placeholder. Raises BadRequest when `out` holds no run or `to` cannot be written,
@@ -46,11 +48,12 @@ def write_report(out: str, to: str | None = None) -> str:
     """
     if to is not None:
         _check_target(out, to)
-    run = open_for_report(out)
-    page = render(run).encode("utf-8", "replace")
+    store = open_store(out)
+    text = render_training(store) if is_training(store) else render(open_for_report(out))
+    page = text.encode("utf-8", "replace")
     if to is None:
-        run.store.put("report.html", page)
-        return f"{run.store.url}/report.html"
+        store.put("report.html", page)
+        return f"{store.url}/report.html"
     return write_page(to, page)
 
 

@@ -7,20 +7,18 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 from PIL import Image
-from skimage.segmentation import find_boundaries
 
 from dinoray.errors import DinorayError
 from dinoray.io.images import load_item
 from dinoray.io.items import Item
 from dinoray.io.label_pairs import LabelPair
-from dinoray.report.pictures import LIMITS, as_uint8, data_uri, one_line, shrink, thumbnail_size
+from dinoray.report.outlines import BOTH, PRED, TRUTH, boundaries, display_size, resized_labels
+from dinoray.report.pictures import LIMITS, as_uint8, data_uri, one_line, shrink
 from dinoray.vision import intensity
 from dinoray.vision.instance_metrics import match, overlaps
 
 SIDE = 560
 """Longest side of a picture, px; smaller images are enlarged by a whole factor, so that outlines stay thin."""
-TRUTH, PRED, BOTH = (25, 211, 255), (255, 79, 163), (255, 255, 255)
-"""Outlines: only the true one, only the predicted one, both."""
 FOUND, INVENTED, MISSED, MIXED = (70, 190, 120), (232, 66, 80), (245, 166, 35), (150, 80, 200)
 """Objects: matched, predicted without a match, true without a match, and where the last two overlap."""
 _PERCENTS = (0.1, 99.9)
@@ -43,31 +41,18 @@ def draw_masks(pair: LabelPair) -> MaskPicture:
         pred, truth = pair.read(LIMITS)
     except DinorayError as error:
         return MaskPicture(problem=one_line(error.what))
-    height, width = display_size(*truth.shape)
+    height, width = display_size(*truth.shape, SIDE)
     background, note = _background(pair.image, truth.shape, height, width)
-    small_pred, small_truth = nearest(pred, height, width), nearest(truth, height, width)
+    small_pred, small_truth = (resized_labels(labels, height, width) for labels in (pred, truth))
     return MaskPicture(data_uri(outlined(background, small_pred, small_truth), quality=88),
                        data_uri(classified(background, small_pred, small_truth, pred, truth), quality=88),
                        f"{truth.shape[1]:,} × {truth.shape[0]:,} px", note)
 
 
-def display_size(height: int, width: int) -> tuple[int, int]:
-    """At most SIDE on the longest side; a whole multiple of a small image."""
-    factor = SIDE // max(height, width)
-    return (height * factor, width * factor) if factor > 1 else thumbnail_size(height, width, SIDE)
-
-
-def nearest(labels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Labels [Y, X] at another size, by the nearest pixel centre."""
-    rows = ((np.arange(height) + 0.5) * labels.shape[0] / height).astype(int)
-    columns = ((np.arange(width) + 0.5) * labels.shape[1] / width).astype(int)
-    return labels[rows[:, None], columns]
-
-
 def outlined(background: np.ndarray, pred: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Outlines of both on the background, all [h, w]."""
     seen = background.copy()
-    of_truth, of_pred = find_boundaries(truth, mode="inner"), find_boundaries(pred, mode="inner")
+    of_truth, of_pred = boundaries(truth), boundaries(pred)
     seen[of_truth], seen[of_pred], seen[of_truth & of_pred] = TRUTH, PRED, BOTH
     return seen
 
@@ -83,7 +68,7 @@ def classified(background: np.ndarray, pred: np.ndarray, truth: np.ndarray, whol
     seen = background // 3
     for where, colour in ((missed, MISSED), (invented, INVENTED), (missed & invented, MIXED), (found, FOUND)):
         seen[where] = (0.25 * background[where] + 0.75 * np.array(colour)).astype(np.uint8)
-    seen[find_boundaries(pred, mode="inner")] //= 2
+    seen[boundaries(pred)] //= 2
     return seen
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from dinoray.io.annotations import LabelledImage
 from dinoray.io.stores import Store, open_store
 from dinoray.training.card import model_card
 from dinoray.training.distance_map import DistanceMapTask, Images, at_scale
+from dinoray.training.examples import store_examples
 from dinoray.training.image_pool import ImagePool
 from dinoray.training.labelled_sets import labelled_sets
 from dinoray.training.loop import fit, load_trained
@@ -104,6 +106,8 @@ def finish(job: TrainDistanceMapJob, spec: TrainingSpec, task: DistanceMapTask, 
     progress = last["progress"] if last else {}
     config = config.model_copy(update={"peak": peak, "fill": fill, "metrics": figures, "training": training_facts(
         job, spec, store, task, state["step"], progress)})
+    store_examples(store, task.validation, partial(whole_map, task.model, window=config.crop_px, at_once=job.micro_batch),
+                   peak=peak, fill=fill)
     reach("train.checkpoint")
     save_checkpoint(store, CHECKPOINT, task.model, config, model_card(config))
     workers.barrier()

@@ -17,7 +17,8 @@ from dinoray.evaluation import evaluate_cells
 from dinoray.io.label_pairs import LabelPair, list_predictions, list_truth, pair_up
 from dinoray.report.curves import Series, counts_scatter, curves
 from dinoray.report.evaluation_page import render_evaluation
-from dinoray.report.mask_pictures import BOTH, FOUND, INVENTED, MISSED, PRED, TRUTH, classified, display_size, nearest, outlined
+from dinoray.report.mask_pictures import FOUND, INVENTED, MISSED, SIDE, classified, outlined
+from dinoray.report.outlines import BOTH, PRED, TRUTH, display_size, resized_labels
 
 HOSTILE = "<script>alert(1)</script>&\"'"
 
@@ -114,10 +115,11 @@ def test_outlines_and_objects_have_their_colours() -> None:
 
 
 def test_sizes() -> None:
-    assert display_size(256, 256) == (512, 512) and display_size(1024, 2048) == (280, 560) and display_size(600, 300) == (560, 280)
+    sizes = {(256, 256): (512, 512), (1024, 2048): (280, 560), (600, 300): (560, 280)}
+    assert {size: display_size(*size, SIDE) for size in sizes} == sizes
     labels = np.arange(6).reshape(2, 3)
-    assert np.array_equal(nearest(labels, 4, 6), np.kron(labels, np.ones((2, 2), int)))
-    assert np.array_equal(nearest(np.kron(labels, np.ones((5, 5), int)), 2, 3), labels)
+    assert np.array_equal(resized_labels(labels, 4, 6), np.kron(labels, np.ones((2, 2), int)))
+    assert np.array_equal(resized_labels(np.kron(labels, np.ones((5, 5), int)), 2, 3), labels)
 
 
 def test_curves_and_scatter() -> None:
