@@ -14,19 +14,24 @@ from collections import Counter, defaultdict
 from hashlib import blake2b
 from pathlib import Path
 
+import networkx
 import numpy as np
 
 from benchmarks.mosaics import (
     CORRELATION,
     LEAST_STEP,
+    PLACES,
     RATIO,
     SAME,
+    SHARE,
     Mosaic,
+    Overlap,
     Picture,
     components,
     copies,
     is_whole,
     montage,
+    overlaps,
     stratum,
 )
 from dinoray.config.labelled import LabelledSource
@@ -71,13 +76,24 @@ def choose(pictures: dict[str, Picture], groups: list[list[str]], whole: list[bo
     return sorted(chosen)
 
 
+def fields(mosaics: list[Mosaic], common: list[Overlap]) -> tuple[list[list[str]], list[bool]]:
+    """(the images of each field: mosaics, and what overlaps with them; whether all of it is full mosaics)."""
+    graph = networkx.Graph((overlap.a, overlap.b) for overlap in common)
+    for mosaic in mosaics:
+        networkx.add_path(graph, mosaic.values())
+    groups = sorted(sorted(group) for group in networkx.connected_components(graph))
+    full = {name: is_whole(mosaic) for mosaic in mosaics for name in mosaic.values()}
+    return groups, [all(full.get(name, True) for name in group) for group in groups]
+
+
 def make(train: list[Picture], test: list[Picture]) -> dict:
     """The entry `dsb2018` of the file."""
     pictures = {p.image_id: p for p in (*train, *test)}
     trained, tested = {p.image_id for p in train}, {p.image_id for p in test}
-    same = copies(list(pictures.values()))
-    mosaics, _ = components(list(pictures.values()))
-    groups = [sorted([*mosaic.values(), *(name for name, first in same.items() if first in mosaic.values())]) for mosaic in mosaics]
+    common = overlaps(list(pictures.values()))
+    same = copies(common)
+    mosaics, _ = components([p for name, p in pictures.items() if name not in same])
+    groups, whole = fields(mosaics, common)
     component = {name: number for number, group in enumerate(groups) for name in group}
     of_test = {component[name] for name in tested}
     twins = defaultdict(set)
@@ -86,20 +102,21 @@ def make(train: list[Picture], test: list[Picture]) -> dict:
     copied = sorted(name for family in twins.values() if family & tested for name in family & trained)
     usable = [[name for name in group if name in trained and name not in copied] for group in groups]
     # a field that test tiles come from too does not validate: thresholds are chosen there
-    free = [(group, is_whole(mosaic)) for number, (group, mosaic) in enumerate(zip(usable, mosaics, strict=True))
+    free = [(group, full) for number, (group, full) in enumerate(zip(usable, whole, strict=True))
             if group and number not in of_test]
     validation = choose(pictures, [group for group, _ in free], [full for _, full in free])
     return {
         "made_by": "python -m benchmarks.dsb_splits --data ../shared/data --write tests/splits.json",
         "rule": {
             "components": "images of one size and modality whose facing borders correlate and differ no more than "
-                          "neighbouring rows inside, best first, where they fit on one grid; and copies",
+                          "neighbouring rows inside, best first, where they fit on one grid; and images that overlap",
             "modality": "histology: coloured; brightfield: gray and bright; fluorescence: gray and dark",
             "validation": "whole components, by modality and size, by hash; of sizes that are mostly tiles full rectangles only; "
                           "none with test tiles",
             "copies_of_test": "training images with the pixels of a test image: in no split",
             "test_beside_train": "test images in one component with a training image",
-            "correlation_at_least": CORRELATION, "ratio_at_most": RATIO, "least_step": LEAST_STEP, "thumbnail_correlation": SAME,
+            "correlation_at_least": CORRELATION, "ratio_at_most": RATIO, "least_step": LEAST_STEP, "overlap_correlation": SAME,
+            "overlap_share": SHARE, "overlap_places": PLACES,
             "colour_above": COLOUR, "bright_above": BRIGHT, "share": VALIDATION,
         },
         "components": len(groups),
@@ -150,8 +167,11 @@ def shape_of(mosaic: Mosaic) -> str:
 
 def print_joins(pictures: list[Picture]) -> None:
     """Joins of each kind of image against the control, and the shapes of the mosaics."""
-    mosaics, counts = components(pictures)
-    control = components(pictures, reverse=True)[1]
+    common = overlaps(pictures)
+    same = copies(common)
+    tiles = [p for p in pictures if p.image_id not in same]
+    mosaics, counts = components(tiles)
+    control = components(tiles, reverse=True)[1]
     keys = {p.image_id: stratum(p) for p in pictures}
     shapes = Counter((keys[next(iter(mosaic.values()))], shape_of(mosaic)) for mosaic in mosaics)
     print("| modality | size | borders compared | joins | joins of the control | mosaics: rows x columns (tiles, where not full) |")

@@ -2,17 +2,20 @@
 
 Two images are joined when the rows (columns) on both sides of the seam correlate, and differ no more than neighbouring
 rows inside these images do. Joins are taken from the best on, and only where the tiles still fit on one grid. The control
-is the same with one border reversed, where no join can be true. Used by benchmarks/dsb_splits.py.
+is the same with one border reversed, where no join can be true. Images that overlap, and copies, are found by correlating
+thumbnails at all shifts. Used by benchmarks/dsb_splits.py.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from scipy import fft, ndimage
 
 CORRELATION = 0.5
 """Least correlation of two facing borders."""
@@ -20,8 +23,15 @@ RATIO = 1.3
 """Most mean difference of two facing borders, relative to that of neighbouring rows inside: true seams have 0.7 to 1.3."""
 LEAST_STEP = 0.25
 """Gray levels below which neighbouring rows inside count as this different: else empty borders would divide by 0."""
-SAME = 0.9
-"""Correlation of 32 x 32 thumbnails above which two images of one size are the same: found 1.000 and 0.977, then 0.63."""
+THUMB = 64
+"""Side of the thumbnails that overlaps are looked for in, in px."""
+SHARE = 0.25
+"""Least share of its area that an image has in common with another to be looked at as overlapping."""
+SAME = 0.7
+"""Least correlation of overlapping thumbnails without their slow changes; overlaps have 0.86 and more."""
+PLACES = 10.0
+"""Least number of blocks of 4 x 4 px that carry the correlation: two sparse fields correlate at 0.95 when one nucleus falls on
+another (6.6 places at most, above 0.7); overlaps have 36 and more."""
 
 
 @dataclass(frozen=True)
@@ -96,16 +106,62 @@ def assemble(names: list[str], found: list[Join]) -> tuple[list[Mosaic], int]:
     return [dict(sorted(mosaic.items())) for mosaic in mosaics.values()], taken
 
 
-def copies(pictures: list[Picture]) -> dict[str, str]:
-    """Image -> the first image (by id) of one size with the same content, for images that have one."""
-    found: dict[str, str] = {}
-    for same_size in by(pictures, lambda p: p.gray.shape).values():
-        thumbs = np.array([np.asarray(Image.fromarray(p.gray).resize((32, 32), Image.Resampling.BOX)).ravel() for p in same_size])
-        thumbs -= thumbs.mean(1, keepdims=True)
-        thumbs /= np.maximum(np.linalg.norm(thumbs, axis=1, keepdims=True), 1e-9)
-        for i, j in np.argwhere(np.triu(thumbs @ thumbs.T > SAME, 1)):
-            found.setdefault(same_size[j].image_id, found.get(same_size[i].image_id, same_size[i].image_id))
+@dataclass(frozen=True)
+class Overlap:
+    """Two images of one field: `share` of the area is in both; 1 is a copy."""
+
+    a: str
+    b: str
+    share: float
+
+
+def overlaps(pictures: list[Picture]) -> list[Overlap]:
+    """Pairs of one size and modality that show in part the same, wherever it lies in them."""
+    found = []
+    for group in by(pictures, stratum).values():
+        thumbs = np.array([np.asarray(Image.fromarray(p.gray).resize((THUMB, THUMB), Image.Resampling.BOX)) for p in group])
+        thumbs = thumbs - ndimage.gaussian_filter(thumbs, (0, 3, 3))
+        thumbs /= np.maximum(thumbs.std((1, 2), keepdims=True), 1e-3)
+        for i, j, shift in shifts(thumbs):
+            share, correlation, places = compare(thumbs[i], thumbs[j], shift)
+            if correlation >= SAME and places >= PLACES:
+                found.append(Overlap(group[i].image_id, group[j].image_id, share))
     return found
+
+
+def shifts(thumbs: np.ndarray) -> Iterator[tuple[int, int, tuple[int, int]]]:
+    """(i, j, the shift (y, x) at which j correlates best with i) of all pairs of thumbs [N, T, T] that may overlap."""
+    size = (2 * THUMB, 2 * THUMB)
+    away = np.maximum(THUMB - np.abs(fft.fftfreq(2 * THUMB, 1 / (2 * THUMB))), 0)
+    common = np.outer(away, away)
+    weight = np.where(common >= SHARE * THUMB ** 2, 1 / np.sqrt(np.maximum(common, 1)), 0).astype(np.float32)
+    spectra = fft.rfft2(thumbs, size)
+    for i in range(len(thumbs) - 1):
+        peaks = (fft.irfft2(spectra[i].conj() * spectra[i + 1:], size) * weight).reshape(len(thumbs) - i - 1, -1)
+        best = peaks.argmax(1)
+        for j in np.flatnonzero(np.take_along_axis(peaks, best[:, None], 1)[:, 0] > SAME / 2 * SHARE ** 0.5 * THUMB):
+            y, x = divmod(int(best[j]), 2 * THUMB)
+            yield i, i + 1 + int(j), (y - 2 * THUMB * (y > THUMB), x - 2 * THUMB * (x > THUMB))
+
+
+def compare(a: np.ndarray, b: np.ndarray, shift: tuple[int, int]) -> tuple[float, float, float]:
+    """(share of the area, correlation, number of places that carry it) of thumbnails where b shifted lies on a."""
+    of_a = a[tuple(slice(max(0, -s), THUMB - max(0, s)) for s in shift)]
+    of_b = b[tuple(slice(max(0, s), THUMB + min(0, s)) for s in shift)]
+    of_a, of_b = of_a - of_a.mean(), of_b - of_b.mean()
+    correlation = (of_a * of_b).sum() / max(float(np.linalg.norm(of_a) * np.linalg.norm(of_b)), 1e-9)
+    rows, columns = (side // 4 for side in of_a.shape)
+    blocks = (of_a * of_b)[:rows * 4, :columns * 4].reshape(rows, 4, columns, 4).sum((1, 3))
+    return of_a.size / THUMB ** 2, float(correlation), float(blocks.sum() ** 2 / max(float((blocks ** 2).sum()), 1e-9))
+
+
+def copies(found: list[Overlap]) -> dict[str, str]:
+    """Image -> the first image (by id) with the same content, for images that have one."""
+    same: dict[str, str] = {}
+    for overlap in sorted(found, key=lambda overlap: (overlap.a, overlap.b)):
+        if overlap.share == 1:
+            same.setdefault(overlap.b, same.get(overlap.a, overlap.a))
+    return same
 
 
 def by(pictures: list[Picture], key) -> dict:
@@ -122,10 +178,9 @@ def stratum(picture: Picture) -> tuple[str, int, int]:
 
 
 def components(pictures: list[Picture], *, reverse: bool = False) -> tuple[list[Mosaic], dict[tuple, list[int]]]:
-    """(mosaics, {stratum: [pairs of borders compared, joins taken]}); a copy of an image is in none of them."""
-    same = copies(pictures)
+    """(mosaics, {stratum: [pairs of borders compared, joins taken]}); give it no copies: one place has one tile."""
     mosaics, counts = [], {}
-    for key, group in sorted(by([p for p in pictures if p.image_id not in same], stratum).items()):
+    for key, group in sorted(by(pictures, stratum).items()):
         found, taken = assemble([p.image_id for p in group], joins(group, reverse=reverse))
         mosaics += found
         counts[key] = [2 * len(group) * (len(group) - 1), taken]

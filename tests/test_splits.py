@@ -11,7 +11,7 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from benchmarks import dsb_splits
-from benchmarks.mosaics import Picture, components, copies, is_whole
+from benchmarks.mosaics import Picture, components, copies, is_whole, overlaps
 from dinoray.io.annotations.listing import ids_of_file
 from tests.io.annotations.files import listed
 from tests.realdata import data_folder
@@ -21,6 +21,7 @@ SPLITS = json.loads(FILE.read_text())
 DSB = SPLITS["dsb2018"]
 
 
+@pytest.mark.slow
 def test_made_again_they_are_the_same_bytes() -> None:
     assert dsb_splits.text_of(dsb_splits.all_splits(data_folder("dsb2018_stage1").parent)) == FILE.read_text()
 
@@ -89,6 +90,21 @@ def test_tiles_find_their_field() -> None:
     assert all(len(group) == 1 for group in mosaics(pictures, reverse=True))
 
 
+def test_images_that_overlap() -> None:
+    """Two crops that share 40 % of their area; others of the same kind, and sparse ones with one nucleus each, do not."""
+    wide = field((200, 240), 3)
+    a, b = Picture("a", wide[:160, :160], "fluorescence"), Picture("b", wide[40:, 75:235], "fluorescence")
+    others = [Picture(f"o{i}", field((160, 160), 200 + i), "fluorescence") for i in range(20)]
+    for i, (y, x) in enumerate([(30, 30), (90, 60), (100, 120)]):
+        sparse = np.random.default_rng(i).normal(10, 1, (160, 160)).astype(np.float32)
+        sparse[y:y + 12, x:x + 12] += 100
+        others.append(Picture(f"s{i}", sparse, "fluorescence"))
+    [found] = overlaps([*others, a, b])
+    assert (found.a, found.b) == ("a", "b") and found.share == pytest.approx(0.4, abs=0.02)
+    groups, whole = dsb_splits.fields([{(0, 0): "a", (0, 1): "c"}, {(0, 0): "b"}, {(0, 0): "d"}], [found])
+    assert groups == [["a", "b", "c"], ["d"]] and whole == [False, False]
+
+
 def test_empty_borders_join_nothing() -> None:
     blank = [Picture(name, np.full((64, 64), 7, np.float32), "fluorescence") for name in "ab"]
     blank[1].gray[20:40, 20:40] = 90
@@ -108,7 +124,7 @@ def test_copies_share_a_component_and_do_not_train() -> None:
     copy = Picture("copy", a[0].gray + np.float32(1), "fluorescence")
     train = [a[1], copy, *[p for i in range(20) for p in tiles(field((128, 128), 50 + i), f"T{i:02d}")]]
     made = dsb_splits.make(train, [a[0], a[2], a[3]])
-    assert copies([a[0], copy]) == {"copy": "A00"}
+    assert copies(overlaps([a[0], copy])) == {"copy": "A00"}
     assert made["copies_of_test"] == ["copy"] and made["test"] == ["A00", "A10", "A11"] == made["test_beside_train"]
     assert made["component"]["copy"] == made["component"]["A01"] == made["component"]["A00"]
     assert "A01" in made["train"] and len(made["validation"]) == 12
