@@ -164,10 +164,9 @@ MEASURE = textwrap.dedent("""
 """)
 
 
-@pytest.mark.slow
 def test_memory_grows_with_the_block_and_not_with_the_image() -> None:
     """An image of 3,072 px takes little more than a block of 512 px of it: less than its labels or its map alone would."""
     done = subprocess.run([sys.executable, "-c", MEASURE, "3072", "512"], capture_output=True, text=True, check=True, timeout=300)
     found = json.loads(done.stdout)
     assert found["cells"] == (3072 // 16) ** 2
-    assert found["grown"] < 3072 * 3072 * 4 * 0.8, "one int32 copy of the image would show"
+    assert found["grown"] < 3072 * 3072 * 4 / 2, "an int32 copy of the image would show"
