@@ -54,7 +54,7 @@ from dinoray.vision.thresholds import search
 ROOT = Path(__file__).parent.parent
 SPLITS = ROOT / "tests/splits.json"
 METRICS = ["AP@0.5", "AP@0.75", "mAP", "SEG", "DET", "OP_CSB"]
-PEAKS = [round(0.2 + 0.05 * i, 2) for i in range(12)]
+PEAKS = [round(0.25 + 0.05 * i, 2) for i in range(12)]
 FILLS = [round(0.03 + 0.02 * i, 2) for i in range(10)]
 
 
