@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from dinoray.config import ExtractJob
+from dinoray.config import CollectionJob
 from dinoray.driver import refuse_if_held
 from dinoray.failpoints import reach
 from dinoray.generations import generations
@@ -20,7 +20,7 @@ from dinoray.resolve import resolve
 from dinoray.session import Outcome, open_session
 
 
-def extract_images(job: ExtractJob, say: Callable[[str], None] = print, *, command: str = "",
+def extract_images(job: CollectionJob, say: Callable[[str], None] = print, *, command: str = "",
                    leave: Callable[[str], None] | None = None) -> Outcome:
     """Run the job to its end (or resume it). `say` gets the lines meant for the user; `leave` ends the process when
     `dinoray stop` asks for it.

@@ -20,7 +20,7 @@ from dinoray.ledger import Ledger, Receipt, Tally
 from dinoray.planning import Spool, write_plan
 from dinoray.pools import Pool
 from dinoray.progress import Progress
-from dinoray.resolve import Resolved
+from dinoray.resolved import Resolved
 from dinoray.runners import statistics
 from dinoray.runners.build import RunnerSpec
 from dinoray.units import CELL_ITEM_SCHEMA, ITEM_SCHEMA, Plan, PlanWriter, fingerprint_of
@@ -105,4 +105,4 @@ def run_statistics(store: Store, resolved: Resolved, rows: Iterable[tuple[dict[s
     pool(RunnerSpec(kind, job.out, prefix, job=job.model_dump(mode="json")),
          lambda: plan.pending(ledger.done()), on_receipt, check)
     progress.end()
-    return statistics.scaling_table(store, ledger.receipts(plan.unit_ids), (job.scaling_low_percent, job.scaling_high_percent))
+    return statistics.scaling_table(store, ledger.receipts(plan.unit_ids), resolved.percents)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from dinoray.config import FeatureJob
+from dinoray.config import UnitJob
 from dinoray.driver import Driver
 from dinoray.errors import TooManyFailures
 from dinoray.failpoints import reach
@@ -22,7 +22,7 @@ from dinoray.ledger import Receipt, Tally
 from dinoray.planning import Spool
 from dinoray.pools import Pool, make_pool
 from dinoray.progress import Progress
-from dinoray.resolve import Resolved
+from dinoray.resolved import Resolved
 from dinoray.runners.build import RunnerSpec
 from dinoray.sealing import seal_generation
 from dinoray.units import Plan
@@ -61,7 +61,7 @@ class Session:
     progress: Progress
 
     @property
-    def job(self) -> FeatureJob:
+    def job(self) -> UnitJob:
         """The job, with every `auto` settled."""
         return self.resolved.job
 
