@@ -23,6 +23,7 @@ from dinoray.vision import layouts
 from dinoray.vision.backbone import Backbone
 from dinoray.vision.canonical import build, published_tensors, weights_digest
 from dinoray.vision.decoders.unet2d import UNet2D
+from dinoray.vision.tokens import LayerTokens
 from dinoray.vision.variants import variant
 from dinoray.vision.weights import load_backbone
 
@@ -106,19 +107,24 @@ class DistanceMapModel(nn.Module):
         super().__init__()
         self.backbone, self.decoder, self.taps, self.frozen = backbone, decoder, tuple(taps), frozen
         backbone.requires_grad_(not frozen)
-        self.register_buffer("mean", torch.tensor(backbone.config.mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(backbone.config.std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        x = ((pixels.float() - self.mean.float()) / self.std.float()).to(self.backbone.cls_token.dtype)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            maps = self.backbone(x, layers=self.taps).maps
-        return self.decoder(x.to(self.decoder.head.weight.dtype), [maps[k] for k in self.taps])
+        return self._decoded(pixels, self.taps)[0]
 
-    def tokens(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Last-layer patch tokens [B, D, H/p, W/p] of the same pixels."""
-        x = ((pixels.float() - self.mean.float()) / self.std.float()).to(self.backbone.cls_token.dtype)
-        return self.backbone(x).map
+    def with_tokens(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits as of the call, and the backbone's last patch tokens [B, H/p, W/p, D] in its dtype, from one pass."""
+        last = self.backbone.config.depth - 1
+        logits, layers = self._decoded(pixels, (*self.taps, last))
+        return logits, layers.layers[last].patches
+
+    def _decoded(self, pixels: torch.Tensor, wanted: tuple[int, ...]) -> tuple[torch.Tensor, LayerTokens]:
+        # no buffers: `model.to(torch.bfloat16)` would round the mean that pixels are shifted by
+        mean, std = (torch.tensor(values, device=pixels.device).view(1, 3, 1, 1)
+                     for values in (self.backbone.config.mean, self.backbone.config.std))
+        x = ((pixels.float() - mean) / std).to(self.backbone.cls_token.dtype)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            layers = self.backbone(x, layers=wanted)
+        return self.decoder(x.to(self.decoder.head.weight.dtype), [layers.maps[k] for k in self.taps]), layers
 
 
 def new_model(backbone: Backbone, record: DecoderRecord, *, frozen: bool, seed: int = 0) -> DistanceMapModel:

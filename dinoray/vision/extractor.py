@@ -7,7 +7,6 @@ one thread (several at once), because the number of threads inside an operator c
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from dinoray.errors import ItemError
 from dinoray.memory.budget import micro_batch, padded_batch
 from dinoray.vision.backbone import Backbone
+from dinoray.vision.backoff import BackOff
 from dinoray.vision.crops import Place, filter_weights
 
 
@@ -54,7 +54,7 @@ def column_names(features: Sequence[str], layers: Sequence[int] | None) -> list[
     return [(f"{feature}_l{layer:02d}", feature, layer) for layer in layers for feature in features]
 
 
-class Extractor:
+class Extractor(BackOff):
     """Holds one backbone; `extract` may be called from several threads at once."""
 
     def __init__(self, backbone: Backbone, *, features: Sequence[str], layers: Sequence[int] | None,
@@ -65,11 +65,7 @@ class Extractor:
         self.dtype = next(backbone.parameters()).dtype
         self.mean = torch.tensor(backbone.config.mean, device=self.device).view(1, 3, 1, 1)
         self.std = torch.tensor(backbone.config.std, device=self.device).view(1, 3, 1, 1)
-        self._lock = threading.Lock()
-        self._safe: dict[tuple, int] = {}
-        self.oom_events = 0
-        self.split_batches = 0
-        """Batches that were computed in smaller parts than the plan says: their low bits may differ."""
+        super().__init__(self.device)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Patch grid (h, w) of a crop of `height` x `width` source pixels."""
@@ -87,36 +83,12 @@ class Extractor:
         After an out-of-memory error of the device the batch is halved and replayed, and the smaller size is
         kept for this shape. Raises ItemError `device_memory` when even one crop does not fit.
         """
-        key = crops[0].key
-        start, parts = 0, []
-        while start < len(crops):
-            size = min(self._safe.get(key, len(crops)), len(crops) - start)
-            part = self._try(crops[start:start + size])
-            if part is None:  # outside of any except frame: the failed batch's tensors are gone by now
-                self._back_off(key, size, crops[start])
-                continue
-            parts.append(part)
-            start += size
-        if len(parts) > 1:
-            with self._lock:
-                self.split_batches += 1
+        parts = self.in_parts(crops[0].key, crops)
         return parts[0] if len(parts) == 1 else {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 
-    def _back_off(self, key: tuple, size: int, crop: Crop) -> None:
-        with self._lock:
-            self.oom_events += 1
-            self._safe[key] = min(self._safe.get(key, size), max(1, size // 2))  # another thread may know better
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        if size == 1:
-            raise ItemError("device_memory", f"one crop of {crop.pixels.shape[1:]} px does not fit the device",
-                            todo="use size=tiles, or a device with more memory")
-
-    def _try(self, crops: Sequence[Crop]) -> dict[str, np.ndarray] | None:
-        try:
-            return self._forward(crops)
-        except torch.OutOfMemoryError:
-            return None
+    def _too_large(self, crop: Crop) -> ItemError:
+        return ItemError("device_memory", f"one crop of {crop.pixels.shape[1:]} px does not fit the device",
+                         todo="use size=tiles, or a device with more memory")
 
     def _resample(self, blocks: torch.Tensor, places: Sequence[Place]) -> torch.Tensor:
         """Blocks [B, C, n, n] float32 -> their squares [B, C, resize_px, resize_px]: two products with the filters."""

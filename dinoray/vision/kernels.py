@@ -39,7 +39,9 @@ def onednn_ready(dtype: torch.dtype) -> bool:
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: bool = False):
     """x [..., in] times weight [out, in] plus bias, then the exact GELU if asked: [..., out]."""
-    if x.device.type == "cpu" and not needs_grad(x, weight, bias) and onednn_ready(x.dtype):
+    # of two dtypes (under autocast) only plain torch makes one
+    one_dtype = x.dtype == weight.dtype
+    if x.device.type == "cpu" and one_dtype and not needs_grad(x, weight, bias) and onednn_ready(x.dtype):
         attr, algorithm = ("gelu", "none") if gelu else ("none", "")
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, attr, [], algorithm)
     out = F.linear(x, weight, bias)

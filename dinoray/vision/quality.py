@@ -63,14 +63,19 @@ def focus(plane: np.ndarray) -> float | None:
     return float(laplacian.var(dtype=np.float64) / mean**2)
 
 
+def check_finite(pixels: np.ndarray) -> None:
+    """Raises ItemError `nan` for NaN or infinity anywhere in pixels of any shape and dtype."""
+    if np.issubdtype(pixels.dtype, np.floating) and not np.isfinite(pixels).all():
+        bad = int(pixels.size - np.count_nonzero(np.isfinite(pixels)))
+        raise ItemError("nan", f"{bad} of {pixels.size} values are NaN or infinite", todo="fill or mask them")
+
+
 def check_pixels(pixels: np.ndarray) -> None:
     """Refuse what cannot give meaningful features: pixels [C, Y, X].
 
     Raises ItemError `nan` for NaN or infinity anywhere, `constant` when every channel holds one value only.
     """
-    if np.issubdtype(pixels.dtype, np.floating) and not np.isfinite(pixels).all():
-        bad = int(pixels.size - np.count_nonzero(np.isfinite(pixels)))
-        raise ItemError("nan", f"{bad} of {pixels.size} values are NaN or infinite", todo="fill or mask them")
+    check_finite(pixels)
     if all(channel.min() == channel.max() for channel in pixels):
         raise ItemError("constant", f"every channel is constant ({pixels[0].flat[0]})",
                         todo="nothing can be seen in it; check the acquisition")
