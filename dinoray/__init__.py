@@ -14,6 +14,7 @@ _NAMES = {
     "open_features": "dinoray.io.tables",
     "open_masks": "dinoray.io.masks",
     "extract_images": "dinoray.extraction",
+    "segment_cells": "dinoray.extraction",
     "extract_volume": "dinoray.volume_extraction",
     "ExtractCellsJob": "dinoray.config",
     "ExtractImagesJob": "dinoray.config",

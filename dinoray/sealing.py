@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dinoray.config import ExtractCellsJob, canonical_json
+from dinoray.config import ExtractCellsJob, SegmentCellsJob, canonical_json
 from dinoray.generations import generations
 from dinoray.io.stores import Store
 from dinoray.ledger import Ledger, Receipt, Tally
@@ -49,6 +49,8 @@ def seal_generation(store: Store, resolved: Resolved, spool: Spool, pool: Pool, 
     if replaces is not None:
         facts["replaces"] = replaced = {}  # filled while the units are written, before the facts are
         writer.on_unit = lambda unit_id, item_ids: replaced.update({unit_id: replaces(item_ids)})
+    if isinstance(job, SegmentCellsJob):
+        facts["kind"] = job.runner
     write_plan(spool, writer, numerics=resolved.numerics, described=resolved.described, **facts)
     return Plan(store, prefix)
 

@@ -24,6 +24,7 @@ from dinoray.pools import Pool, make_pool
 from dinoray.progress import Progress
 from dinoray.resolved import Resolved
 from dinoray.runners.build import RunnerSpec
+from dinoray.scale_notes import scale_notes
 from dinoray.sealing import seal_generation
 from dinoray.units import Plan
 from dinoray.verification import verify_fast
@@ -140,6 +141,8 @@ class Session:
         if tally.degraded_units:
             bad += f", {plural(tally.degraded_units, 'unit')} with degraded numerics"
         for note in unfinished_notes(self.store):
+            self.say(note)
+        for note in scale_notes(generations(self.store)):
             self.say(note)
         self.say(f"look at it: dinoray report {out}")
         done = f"{plural(tally.items, self.job.noun)}, {plural(tally.rows, self.job.row_noun)}"

@@ -12,5 +12,5 @@ from dinoray.config.segmentation import SegmentCellsJob
 from dinoray.config.volumes import ExtractVolumeJob
 
 __all__ = ["EXECUTION_FIELDS", "CollectionJob", "ExtractCellsJob", "ExtractImagesJob", "ExtractJob", "ExtractVolumeJob",
-           "FeatureJob", "SegmentCellsJob", "UnitJob", "build_job", "canonical_json", "channel_groups", "read_job_file", "recorded_job",
-           "recorded_model", "secret_in_url", "without_secrets"]
+           "FeatureJob", "SegmentCellsJob", "UnitJob", "build_job", "canonical_json", "channel_groups", "read_job_file",
+           "recorded_job", "recorded_model", "secret_in_url", "without_secrets"]

@@ -66,7 +66,8 @@ def encode_zarr(labels: np.ndarray, pixel_size_um: float | None = None) -> dict[
         "name": "cells", "axes": [{"name": name, "type": "space", **unit} for name in "yx"],
         "datasets": [{"path": "0", "coordinateTransformations": [{"type": "scale", "scale": scale}]}]}]}
     group = {"zarr_format": 3, "node_type": "group", "attributes": {"ome": ome}}
-    return {"zarr.json": json.dumps(group, sort_keys=True).encode()} | {f"0/{key}": value.to_bytes() for key, value in memory.items()}
+    pixels = {f"0/{key}": value.to_bytes() for key, value in memory.items()}
+    return {"zarr.json": json.dumps(group, sort_keys=True).encode(), **pixels}
 
 
 def read_mask(store: Store, key: str) -> np.ndarray:
