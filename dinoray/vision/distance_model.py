@@ -207,7 +207,7 @@ def load_segmenter(url: str, *, weights: str | None = None, dtype: torch.dtype =
     found = {name: tensor.shape for name, tensor in tensors.items() if not name.startswith("backbone.")}
     if wanted != found:
         wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-        raise WeightsError(f"{len(wrong)} tensors of the decoder are missing, left over or of another shape: {', '.join(wrong[:5])}",
+        raise WeightsError(f"{len(wrong)} of the decoder's tensors are missing, over or differ in shape: {', '.join(wrong[:5])}",
                            where=url, todo="config.json and model.safetensors are not of one checkpoint")
     model.decoder.load_state_dict({name.removeprefix("decoder."): tensors[name].float() for name in wanted})
     digest = state_digest(model.decoder.state_dict(), backbone.digest)
@@ -232,7 +232,7 @@ def _backbone(config: SegmenterConfig, tensors: dict[str, torch.Tensor], url: st
     wrong = sorted(name for name in wanted.keys() | found.keys()
                    if name not in wanted or name not in found or tuple(found[name].shape) != tuple(wanted[name]))
     if wrong:
-        raise WeightsError(f"{len(wrong)} tensors of the backbone are missing, left over or of another shape: {', '.join(wrong[:5])}",
+        raise WeightsError(f"{len(wrong)} of the backbone's tensors are missing, over or differ in shape: {', '.join(wrong[:5])}",
                            where=url, todo="config.json and model.safetensors are not of one checkpoint")
     backbone = build(shape, lambda name: found[name].float(), torch.float32, device)
     backbone.source = url
