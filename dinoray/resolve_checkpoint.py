@@ -43,6 +43,9 @@ def resolve_checkpoint(job: SegmentCellsJob) -> Resolved:
     if job.fill >= job.peak:
         raise BadRequest(f"fill {job.fill:g} is not below peak {job.peak:g}", where="--fill",
                          todo="a cell's marker lies inside the cell: give a lower --fill or a higher --peak")
+    if job.diameter_px is not None and config.median_diameter_px is None:
+        raise BadRequest("the checkpoint does not say how large its cells were", where="--diameter-px",
+                         todo="give --pixel-size-um, or no size")
     trained = {name: getattr(config, name) for name in ("crop_px", "median_diameter_px", "pixel_size_um")}
     trained["scaling_percents"] = list(config.scaling_percents)
     normalisation = {"mean": list(config.backbone.mean), "std": list(config.backbone.std)}
@@ -67,7 +70,7 @@ def resolve_checkpoint(job: SegmentCellsJob) -> Resolved:
 
 def _scale_rule(job: SegmentCellsJob, config: SegmenterConfig) -> str:
     """How images come to the model's scale, for the first line printed."""
-    if job.diameter_px is not None and config.median_diameter_px is not None:
+    if job.diameter_px is not None:
         return f"scale by cell diameter ({job.diameter_px:g} px to the model's {config.median_diameter_px:g})"
     if config.pixel_size_um is not None:
         given = f"{job.pixel_size_um:g} µm where a file says none" if job.pixel_size_um else "estimated where a file says none"

@@ -7,29 +7,41 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from dinoray.config import SegmentCellsJob
 from dinoray.extraction import segment_cells
 from dinoray.io.stores import open_store
 from dinoray.session import Outcome
+from dinoray.vision import distance_model
+from dinoray.vision.decoders.unet2d import tap_layers
 from dinoray.vision.distance_model import BackboneRecord, DecoderRecord, SegmenterConfig, new_model, save_checkpoint
+from dinoray.vision.variants import variant
 from dinoray.vision.weights import load_backbone
+from tests.runs import tiny_backbone
+from tests.vision.distance_models import FOUR
 
 STEEP = 12.0
 """The map is sigmoid(STEEP * (x - 0.5)) of the pixels' mean x in [0, 1]: above 0.47 where x > 0.49, above 0.09 where
 x > 0.31."""
 
 
-def seeing_checkpoint(folder: Path, *, model: str = "vitt16", included: bool = False, **fields: object) -> Path:
+def use_tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this process know the backbone of `seeing_checkpoint(..., model=FOUR.name)`: 4 layers of width 16."""
+    monkeypatch.setattr(distance_model, "variant", lambda name: FOUR if name == FOUR.name else variant(name))
+    monkeypatch.setattr(distance_model, "load_backbone", lambda *args, **kwargs: tiny_backbone(FOUR))
+
+
+def seeing_checkpoint(folder: Path, *, model: str = FOUR.name, included: bool = False, **fields: object) -> Path:
     """Write a checkpoint whose distance map is a steep function of the pixels themselves: bright blobs are cells.
 
     Everything in the decoder is zero but one path: the mean of the three planes through the stem at full resolution, the
-    last stage and the head.
+    last stage and the head. `model`: a variant for other processes, else the tiny one.
     """
-    backbone = load_backbone(model, "random:0")
+    backbone = tiny_backbone(FOUR) if model == FOUR.name else load_backbone(model, "random:0")
     shape = backbone.config
-    record = DecoderRecord(taps=(2, 5, 8, 11), channels=(4, 4, 4, 4), norm="none", stem_levels=1)
+    record = DecoderRecord(taps=tap_layers(shape.depth), channels=(4, 4, 4, 4), norm="none", stem_levels=1)
     built = new_model(backbone, record, frozen=True)
     decoder = built.decoder
     with torch.no_grad():

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from dinoray.config.images import CollectionJob
+from dinoray.config.images import CollectionJob, channel_groups
 
 
 class SegmentCellsJob(CollectionJob):
@@ -66,6 +66,8 @@ class SegmentCellsJob(CollectionJob):
             raise ValueError("fill must be below peak: a cell's marker lies inside the cell")
         if self.channel is not None and not self.channel.strip():
             raise ValueError("channel: an empty name")
+        if self.channel is not None and "=" in self.channel and len(channel_groups(self.channel)) != 1:
+            raise ValueError(f"channel: {self.channel!r} names several groups, and one image gives one mask")
         return self
 
     def other_inputs(self) -> tuple[str, ...]:

@@ -23,6 +23,11 @@ _IMAGE = [
     ("focus", pa.float32()),
 ]
 
+_WHOLE = frozenset({"object_id", "y0", "x0", "y1", "x1", "area_px", "neighbours_touching", "neighbours_within"})
+"""Columns of cells that are int64."""
+_TRUTH = frozenset({"touches_border"})
+"""Columns of cells that are booleans; all other measurements are float64."""
+
 
 def cell_rows(shared: Mapping[str, Any], measured: Mapping[str, np.ndarray], feature: np.ndarray | None) -> pa.Table:
     """The table of one image's cells. `shared`: values of all its rows (item_id, uri, `Metadata_*`: text); `measured`:
@@ -34,7 +39,7 @@ def cell_rows(shared: Mapping[str, Any], measured: Mapping[str, np.ndarray], fea
         arrays.append(pa.array([value] * count, pa.string()))
     for name, values in measured.items():
         names.append(name)
-        arrays.append(_column(np.asarray(values)))
+        arrays.append(_column(name, values))
     order = ["item_id", "uri", "object_id", *(name for name in names if name not in ("item_id", "uri", "object_id"))]
     table = pa.Table.from_arrays(arrays, names=names).select(order)
     if feature is None:
@@ -43,13 +48,11 @@ def cell_rows(shared: Mapping[str, Any], measured: Mapping[str, np.ndarray], fea
     return table.append_column(FEATURE, pa.FixedSizeListArray.from_arrays(flat, type=pa.list_(pa.float32(), feature.shape[1])))
 
 
-def _column(values: np.ndarray) -> pa.Array:
-    """64-bit whole numbers, float64 with null for NaN, or booleans, whatever the measurement came as."""
-    if values.dtype.kind == "b":
-        return pa.array(values)
-    if values.dtype.kind in "ui":
+def _column(name: str, values: np.ndarray) -> pa.Array:
+    """A measurement in its column's type, the same in all files; NaN becomes null."""
+    if name in _WHOLE:
         return pa.array(values.astype(np.int64))
-    return pa.array(values.astype(np.float64), from_pandas=True)
+    return pa.array(values.astype(bool)) if name in _TRUTH else pa.array(values.astype(np.float64), from_pandas=True)
 
 
 def join_cells(tables: Sequence[pa.Table], facts: Mapping[str, Any]) -> pa.Table:

@@ -35,14 +35,15 @@ from dinoray.runners.base import Finish, Loaded, UnitRunner
 from dinoray.runners.compute import ComputePool
 from dinoray.runners.fields import Field, Segmented, choose, measure
 from dinoray.runners.gathering import Gathering
+from dinoray.runners.large_fields import middle, segment_large
 from dinoray.runners.numerics import used_numerics
 from dinoray.runners.quarantining import quarantine
 from dinoray.units import Plan, Unit
 from dinoray.vision import intensity
-from dinoray.vision.cell_scale import estimated_scale
+from dinoray.vision.cell_scale import SEEN_PX, Scale, cell_scale
 from dinoray.vision.distance_model import DistanceMapModel, SegmenterConfig
 from dinoray.vision.quality import check_pixels
-from dinoray.vision.resampling2d import resample
+from dinoray.vision.resampling2d import resample, scaled_shape
 from dinoray.vision.segmenter import Segmenter
 
 ESTIMATED_AHEAD = 2
@@ -108,15 +109,35 @@ class CellMaskRunner(UnitRunner):
         loaded = load_item(item, self.limits, z_projection=self.job.z_projection)
         began = time.monotonic()
         check_pixels(loaded.image.pixels)
-        found = choose(item, loaded, self.job, self.config, self.scaling)
-        if found.scale is not None:
+        found = choose(item, loaded, self.job, self.config.scaling_percents, self.scaling)
+        if self._must_estimate(found):
+            if not self._fits(found.shape):
+                found.fix_limits()
+            found.planes = found.seen(None if self._fits(found.shape) else middle(found.shape, SEEN_PX))
+        else:
+            found.scale = self._scale(found, np.empty((3, 0, 0), np.float32))
             self._cut(found)
         found.seconds["prepare"] = time.monotonic() - began
         return found
 
+    def _must_estimate(self, found: Field) -> bool:
+        """Whether neither the user nor the file tells how large the cells are for the model."""
+        known = self.job.diameter_px is not None or found.pixel_size_um is not None and self.config.pixel_size_um is not None
+        return not known and self.config.median_diameter_px is not None
+
+    def _scale(self, found: Field, seen: np.ndarray) -> Scale:
+        return cell_scale(seen, self.config, self.segmenter.segment, pixel_size_um=found.pixel_size_um,
+                          diameter_px=self.job.diameter_px)
+
+    def _fits(self, shape: tuple[int, int]) -> bool:
+        """Whether an image of (Y, X) px, as it is or at the model's scale, is computed as one map."""
+        return shape[0] * shape[1] <= self.job.block_px**2
+
     def _cut(self, found: Field) -> None:
-        """Resample to the model's scale, and plan the windows; the planes are dropped."""
-        found.windowed = self.segmenter.plan_image(resample(found.planes, found.scale.factor))
+        """Resample to the model's scale, and plan the windows, unless the image must be segmented in blocks."""
+        if self._fits(found.shape) and self._fits(scaled_shape(found.shape, found.scale.factor)):
+            seen = found.seen() if found.planes is None else found.planes
+            found.windowed = self.segmenter.plan_image(resample(seen, found.scale.factor))
         found.planes = None
 
     # ---------------------------------------------------------------- one unit
@@ -165,8 +186,11 @@ class CellMaskRunner(UnitRunner):
                 continue
             for stage, spent in found.seconds.items():
                 state.seconds[stage] += spent
-            if found.windowed is None:  # too large for one map: in blocks, before the windows of later images
-                self._submit_cells(state, position, partial(self._segment_blocks, found))
+            if found.windowed is None:  # too large for one map: in blocks, and nothing beside it, for the memory's sake
+                segment = partial(segment_large, found, self.segmenter, self._compute, self.job, self._beat)
+                self._submit_cells(state, position, segment)
+                while state.finishing:
+                    self._collect(state)
                 continue
             cut, found.windowed.windows[:] = list(found.windowed.windows), []  # windows live until they are computed
             found.expect(len(cut))
@@ -176,7 +200,7 @@ class CellMaskRunner(UnitRunner):
     def _estimate(self, found: Field) -> float:
         """Estimate the scale of an image and cut it (compute threads); seconds. Raises ItemError."""
         began = time.monotonic()
-        found.scale = estimated_scale(self.segmenter, found.planes)
+        found.scale = self._scale(found, found.planes)
         self._cut(found)
         return time.monotonic() - began
 
@@ -225,12 +249,6 @@ class CellMaskRunner(UnitRunner):
         features = None if tokens is None else \
             lambda ids: self.segmenter.cell_features(tokens, labels, found.scale.factor, ids)
         return measure(found, labels, features, self.job)
-
-    def _segment_blocks(self, found: Field) -> Segmented:
-        """The same of an image that is too large for one map."""
-        from dinoray.runners.large_fields import segment_large
-
-        return segment_large(found, self.segmenter, self._compute, self.job)
 
     def _segment_and_store(self, state: _State, position: int, segment: Callable[[], Segmented]) -> Segmented:
         began = time.monotonic()

@@ -4,7 +4,7 @@ the rows and objects that are stored."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,18 +17,19 @@ from dinoray.io.items import Item
 from dinoray.io.label_images import mask_objects
 from dinoray.ledger import StoredObject
 from dinoray.vision import intensity
-from dinoray.vision.cell_scale import Scale, known_scale
-from dinoray.vision.distance_model import SegmenterConfig
-from dinoray.vision.quality import quality
+from dinoray.vision.cell_blocks import sample_pixels
+from dinoray.vision.cell_scale import Scale
+from dinoray.vision.quality import percentiles, quality
 from dinoray.vision.segmentation_input import input_row, planes
 from dinoray.vision.segmenter import WindowedImage
 from dinoray.vision.shapes import cell_table
+from dinoray.vision.stitching import Box
 
 
 @dataclass
 class Field:
-    """One image after the decode threads: either `planes` (its scale must be estimated first) or `windowed`; neither when
-    it is too large for one map."""
+    """One image after the decode threads. `windowed` when its maps can be computed; `planes` (of all of it, or of its middle)
+    when its scale must be estimated before; neither when it is too large for one map."""
 
     image: DecodedImage
     row: intensity.ChannelRow
@@ -37,15 +38,35 @@ class Field:
     names: tuple[str, ...]
     """Of all channels."""
     pixel_size_um: float | None
-    scale: Scale | None
-    planes: np.ndarray | None
+    look: Look
     num_bytes: int
-    group: str
     seconds: dict[str, float]
+    scale: Scale | None = None
+    planes: np.ndarray | None = None
     windowed: WindowedImage | None = None
     maps: list[np.ndarray | None] | None = None
     tokens: list[np.ndarray | None] | None = None
     missing: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(Y, X) of the image."""
+        return self.image.pixels.shape[1:]
+
+    def seen(self, box: Box | None = None) -> np.ndarray:
+        """float32 [3, y, x] in [0, 1]: what the network gets of the image, or of a box of it."""
+        part = self.image if box is None else replace(self.image, pixels=self.image.pixels[:, box.y0:box.y1, box.x0:box.x1])
+        return planes(part, channels=self.look.channels, scaling=self.look.scaling, percents=self.look.percents,
+                      group=self.look.group, table=self.look.table)
+
+    def fix_limits(self) -> None:
+        """From here on all boxes are scaled alike, where intensities are scaled per image: by a sample of the whole."""
+        if self.look.scaling == "image":
+            sample = sample_pixels(lambda box: self.image.pixels[:, box.y0:box.y1, box.x0:box.x1], *self.shape)
+            pooled = len(self.row.indices) > 1 and (self.image.is_rgb8 or self.row.name == "rgb")  # colours keep their ratio
+            limits = {intensity.scaling_key(self.names[i], sample.dtype):
+                      tuple(percentiles(sample if pooled else sample[i], self.look.percents)) for i in self.row.indices}
+            self.look = replace(self.look, scaling="plate", table={self.look.group: limits})
 
     def expect(self, windows: int) -> None:
         """So many windows will be put."""
@@ -56,6 +77,17 @@ class Field:
         self.maps[number], self.tokens[number] = distance, tokens
         self.missing -= 1
         return self.missing == 0
+
+
+@dataclass(frozen=True)
+class Look:
+    """How raw pixels become what the network gets (dinoray.vision.segmentation_input)."""
+
+    channels: str
+    scaling: str
+    percents: tuple[float, float]
+    group: str
+    table: intensity.Scaling | None
 
 
 @dataclass
@@ -82,18 +114,15 @@ class Segmented:
         return cell_rows(self.shared, self.measured, self.feature)
 
 
-def choose(item: Item, loaded: LoadedItem, job: SegmentCellsJob, config: SegmenterConfig,
-           scaling: intensity.Scaling | None) -> Field:
-    """Choose the channel and scale intensities; the scale is known here or None. Raises ItemError."""
+def choose(item: Item, loaded: LoadedItem, job: SegmentCellsJob, percents: tuple[float, float],
+           table: intensity.Scaling | None) -> Field:
+    """Choose the channel of a decoded image. Raises ItemError `channel_count`."""
     image = loaded.image
     names = intensity.channel_names(image.channel_names, len(image.pixels), image.is_rgb8)
     row = input_row(job.channel, names, image.is_rgb8)
     uri = item.files[0 if len(item.files) == 1 or row.mode != "repeat" else row.indices[0]].uri
-    pixel_size = image.pixel_size_um or job.pixel_size_um
-    scale = known_scale(config, pixel_size_um=pixel_size, diameter_px=job.diameter_px)
-    seen = planes(image, channels=job.channel, scaling=job.scaling, percents=config.scaling_percents, group=item.group,
-                  table=scaling)
-    return Field(image, row, uri, names, pixel_size, scale, seen, loaded.num_bytes, item.group,
+    look = Look(job.channel, job.scaling, percents, item.group, table)
+    return Field(image, row, uri, names, image.pixel_size_um or job.pixel_size_um, look, loaded.num_bytes,
                  {"read": loaded.read_s, "decode": loaded.decode_s})
 
 
@@ -101,13 +130,13 @@ def measure(found: Field, labels: np.ndarray, features: Callable[[np.ndarray], n
             job: SegmentCellsJob) -> Segmented:
     """The rows of an image and of its cells. `labels` int32 [Y, X]; `features`: ids -> float32 [n, D]."""
     pixels = found.image.pixels
-    measured = cell_table(labels, pixels, found.names, found.pixel_size_um, neighbour_px=job.neighbour_px)
+    measured = cell_table(labels, pixels, found.names, found.pixel_size_um, neighbour_distance_px=job.neighbour_px)
     ids = measured["object_id"]
     image_row = {
         "uri": found.uri, "channel": found.row.name, "height": pixels.shape[1], "width": pixels.shape[2],
         "pixel_size_um": found.pixel_size_um, "num_cells": len(ids), "scale": found.scale.factor,
         "scale_source": found.scale.source,
-        "median_diameter_px": float(np.median(np.sqrt(4 / np.pi * measured["area_px"]))) if len(ids) else None,
+        "median_diameter_px": float(np.median(measured["equivalent_diameter_px"])) if len(ids) else None,
         "cell_fraction": float(np.count_nonzero(labels) / labels.size),
         **quality(pixels[list(found.row.indices)])}
     feature = None if features is None else features(ids)

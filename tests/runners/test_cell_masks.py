@@ -18,12 +18,18 @@ from dinoray.runners.gathering import Gathering
 from dinoray.verification import open_run, verify_deep, verify_fast
 from dinoray.vision.distance_model import load_segmenter
 from dinoray.vision.instances import instances
-from tests.checkpoints import STEEP, blobs, run_segment, seeing_checkpoint
+from tests.checkpoints import STEEP, blobs, run_segment, seeing_checkpoint, use_tiny_model
 from tests.runners.test_image_features import reasons_of, receipts_of
 from tests.runs import check_whole, data_objects
+from tests.vision.distance_models import FOUR
 
 COUNTS = {"a.tif": 3, "b.tif": 0, "c.tif": 7, "p/d.tif": 1, "p/e.tif": 9}
-DIM = 192
+DIM = FOUR.dim
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_tiny_model(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +111,7 @@ def test_the_feature_is_the_mean_token_under_the_cell(fields: Path, checkpoint: 
     model, _ = load_segmenter(str(checkpoint))
     pixels = torch.from_numpy((raw / 65535).astype(np.float32)).expand(1, 3, -1, -1).contiguous()
     with torch.inference_mode():
-        grid = model.tokens(pixels)[0].numpy()
+        grid = np.moveaxis(model.with_tokens(pixels)[1][0].numpy(), -1, 0)
     dense = np.kron(grid, np.ones((1, 16, 16)))
     table = open_features(str(tmp_path / "single"))
     for object_id, feature in zip(table.table()["object_id"].to_pylist(), table.matrix("feature"), strict=True):
@@ -149,7 +155,7 @@ def stained(tmp_path: Path) -> Path:
     """An OME-TIFF of three channels; the cells are in DNA, twice as many in ER."""
     pixels = np.stack([as_16_bit(blobs((64, 96), n, n)) for n in (4, 8, 0)])
     pixels[2, 3, 4] = 7
-    (tmp_path / "in").mkdir()
+    (tmp_path / "in").mkdir(exist_ok=True)
     tifffile.imwrite(tmp_path / "in" / "a.ome.tif", pixels, photometric="minisblack",
                      metadata={"axes": "CYX", "Channel": {"Name": ["DNA", "ER", "Mito"]}, "PhysicalSizeX": 0.65,
                                "PhysicalSizeXUnit": "µm", "PhysicalSizeY": 0.65, "PhysicalSizeYUnit": "µm"})
@@ -432,7 +438,7 @@ def test_a_mask_left_by_an_attempt_that_was_killed_is_removed_when_its_image_is_
 
 def test_another_checkpoint_is_another_request(fields: Path, checkpoint: Path, tmp_path: Path) -> None:
     run_segment(fields, checkpoint, tmp_path / "out")
-    other = seeing_checkpoint(tmp_path / "other", model="vitt16", fill=0.2)
+    other = seeing_checkpoint(tmp_path / "other", fill=0.2)
     with pytest.raises(ChangedRequest, match="settings.fill: 0.09 -> 0.2"):
         run_segment(fields, other, tmp_path / "out")
     copy = tmp_path / "copy"
