@@ -10,6 +10,9 @@ from __future__ import annotations
 # card. On CPU small batches are as fast as large ones (they stay in cache), so the budget is small.
 _CUDA_TOKENS = {"vitt": 131_072, "vits": 65_536, "vitb": 32_768, "vitl": 16_384, "vith": 8_192, "vit7": 2_048}
 _CPU_TOKENS = 2_048
+VALUES_PER_TOKEN = 16
+"""Values alive at once for each token of a forward, in multiples of the model's width: residual stream, qkv, heads, the MLP's
+4x before and after its activation."""
 LOCAL_OBJECT_STORE_BYTES = 128 * 2**20
 """Ray's object store where dinoray starts Ray itself: only unit numbers and receipts travel, so next to nothing."""
 
@@ -25,6 +28,12 @@ def default_token_budget(variant: str, device: str, precision: str) -> int:
 def micro_batch(token_budget: int, tokens_per_image: int) -> int:
     """Images of `tokens_per_image` tokens in one micro-batch: at least one."""
     return max(1, token_budget // tokens_per_image)
+
+
+def decoded_tokens(*, tokens: int, dim: int, taps: int, pixels: int, pixel_values: int) -> int:
+    """Tokens of a backbone of width `dim` whose activations take the memory of one window with its decoder: its own
+    `tokens`, or `taps` kept maps of them and `pixel_values` values per pixel, whichever is more."""
+    return max(tokens, -(-(taps * tokens * dim + pixel_values * pixels) // (VALUES_PER_TOKEN * dim)))
 
 
 def padded_batch(count: int, largest: int) -> int:
@@ -49,7 +58,7 @@ def slab_compute_bytes(*, tokens: int, dim: int, itemsize: int, batch_tokens: in
     """Peak bytes of computing a slab: its tokens in float32 and as they are stored, those of the slab before on their way
     to the store, and the activations and pixels of `threads` micro-batches of `batch_tokens`."""
     kept = tokens * dim * (4 + 2 * itemsize)
-    activations = batch_tokens * dim * 4 * 16  # residual stream, qkv, heads, the MLP's 4x before and after its activation
+    activations = batch_tokens * dim * 4 * VALUES_PER_TOKEN
     pixels = batch_tokens * patch**2 * 3 * 4 * 3  # scaled, normalised, cut into patches
     return kept + threads * (activations + pixels)
 

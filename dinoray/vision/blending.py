@@ -26,11 +26,14 @@ def _check(side: int, window: int, overlap: int) -> None:
                          todo="an overlap is at least 0 and less than the window")
 
 
-def starts(side: int, window: int, overlap: int) -> list[int]:
-    """First pixels of the windows of an axis of `side` px; the last ends at `side`, or beyond it when side < window."""
+def starts(side: int, window: int, overlap: int, multiple: int = 1) -> list[int]:
+    """First pixels of the windows of an axis of `side` px; the last ends at `side`, or beyond it when side < window.
+
+    They are multiples of `multiple` where side, window and overlap are.
+    """
     _check(side, window, overlap)
     n = max(1, math.ceil((side - overlap) / (window - overlap)))
-    return [0] if n == 1 else [round(i * (side - window) / (n - 1)) for i in range(n)]
+    return [0] if n == 1 else [multiple * round(i * ((side - window) // multiple) / (n - 1)) for i in range(n)]
 
 
 def window_side(side: int, window: int, multiple: int) -> int:
@@ -68,18 +71,33 @@ class Blend:
     (wy, wx): it shrinks with a small image, axis by axis, so that a 40 x 100 image does not cost a 256 x 256 window.
     Windows of the same `shape` may stand in one batch, whichever image they come from. `boxes` holds the first (y, x)
     of each window in the padded image, row by row; it depends on nothing but the arguments.
+
+    With `aligned` every window begins at a multiple of `multiple`: the image is padded to multiples, and the overlap must
+    be one. What has a pixel per patch (the tokens of the windows) is then blended by `coarse`.
     """
 
-    def __init__(self, height: int, width: int, window: int, overlap: int, multiple: int = 16):
-        self.height, self.width = height, width
+    def __init__(self, height: int, width: int, window: int, overlap: int, multiple: int = 16, aligned: bool = False):
+        self.height, self.width, self.window, self.overlap = height, width, window, overlap
         self.padded = (padded_side(height, window, overlap, multiple), padded_side(width, window, overlap, multiple))
+        self.multiple = multiple if aligned else 1
+        if overlap % self.multiple:
+            raise BadRequest(f"an overlap of {overlap} px is not a multiple of the patch size {multiple}",
+                             todo=f"use {overlap // multiple * multiple}")
+        if aligned:
+            self.padded = tuple(math.ceil(side / multiple) * multiple for side in self.padded)
         self.shape = (window_side(height, window, multiple), window_side(width, window, multiple))
         # an axis of one window has no neighbour, and its (shrunken) window may be shorter than the overlap
-        rows, columns = (starts(side, window, overlap) if side > window else [0] for side in (height, width))
+        rows, columns = (starts(side, window, overlap, self.multiple) if side > window else [0]
+                         for side in (self.padded if aligned else (height, width)))
         self.boxes = [(y, x) for y in rows for x in columns]
         weights = [_axis_weights(padded, side, overlap, begins)
                    for padded, side, begins in zip(self.padded, self.shape, (rows, columns), strict=True)]
         self._weights = {(y, x): (weights[0][i], weights[1][j]) for i, y in enumerate(rows) for j, x in enumerate(columns)}
+
+    def coarse(self) -> Blend:
+        """The same windows of the image that has one pixel per patch of this one; of an `aligned` Blend."""
+        p = self.multiple
+        return Blend(math.ceil(self.height / p), math.ceil(self.width / p), self.window // p, self.overlap // p, multiple=1)
 
     def pad(self, image: np.ndarray) -> np.ndarray:
         """The image [C, H, W] as [C, Hp, Wp]: mirrored at the bottom and right (numpy's "reflect": the border pixel is
@@ -101,21 +119,23 @@ class Blend:
         down, across = self._weights[box]
         return down[:, None] * across[None, :]
 
-    def merge(self, predictions: Iterable[np.ndarray]) -> np.ndarray:
-        """One map float32 [H, W] of the windows' predictions [wy, wx], in the order of `boxes`, taken one by one.
+    def merge(self, predictions: Iterable[np.ndarray], dtype: type = np.float64) -> np.ndarray:
+        """One map float32 [..., H, W] of the windows' predictions [..., wy, wx], in the order of `boxes`, taken one by one.
 
-        Added up in float64. Predicting each window by itself gives the image back to 1e-6 of its largest value. Raises
+        Added up in `dtype`. Predicting each window by itself gives the image back to 1e-6 of its largest value. Raises
         BadRequest for another number or shape of predictions.
         """
-        merged, (wy, wx), taken = np.zeros(self.padded), self.shape, 0
+        merged, (wy, wx), taken = np.zeros(self.padded, dtype), self.shape, 0
         for prediction in predictions:
-            if taken == len(self.boxes) or prediction.shape != self.shape:
+            if not taken:
+                merged = np.zeros((*prediction.shape[:-2], *self.padded), dtype)
+            if taken == len(self.boxes) or prediction.shape != (*merged.shape[:-2], *self.shape):
                 raise BadRequest(f"prediction {taken + 1}, {prediction.shape}, for {len(self.boxes)} windows {self.shape}",
                                  todo="give one prediction for each window, in the order of `boxes`")
             y, x = self.boxes[taken]
-            merged[y:y + wy, x:x + wx] += self.weight((y, x)) * prediction
+            merged[..., y:y + wy, x:x + wx] += self.weight((y, x)).astype(dtype, copy=False) * prediction
             taken += 1
         if taken != len(self.boxes):
             raise BadRequest(f"{taken} predictions for {len(self.boxes)} windows",
                              todo="give one prediction for each window, in the order of `boxes`")
-        return merged[:self.height, :self.width].astype(np.float32)
+        return merged[..., :self.height, :self.width].astype(np.float32, copy=False)

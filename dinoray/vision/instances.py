@@ -63,8 +63,8 @@ def find_markers(distance: np.ndarray, peak: float, kind: str, h: float) -> np.n
     return without_small(np.where(distance > peak, regions, 0), 1)
 
 
-def flood(distance: np.ndarray, markers: np.ndarray, fill: float, peak: float) -> np.ndarray:
-    """Markers int32 [Y, X] grown downhill over the pixels above `fill`; all markers lie above `peak` >= `fill`.
+def flood(distance: np.ndarray, markers: np.ndarray, fill: float) -> np.ndarray:
+    """Markers int32 [Y, X] grown downhill over the pixels above `fill`, where all markers must lie.
 
     Parts of the foreground without a marker stay 0.
     """
@@ -96,5 +96,5 @@ def instances(distance: np.ndarray, *, peak: float = PEAK, fill: float = FILL, m
     """
     check_thresholds(peak, fill)
     distance = checked_map(distance)
-    labels = flood(distance, find_markers(distance, peak, markers, h), fill, peak)
+    labels = flood(distance, find_markers(distance, peak, markers, h), fill)
     return without_small(labels, min_area)

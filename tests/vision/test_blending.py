@@ -117,3 +117,23 @@ def test_windows_of_many_images_share_a_shape() -> None:
 def test_refusals(call, match: str) -> None:
     with pytest.raises(BadRequest, match=match):
         call()
+
+
+@settings(deadline=None, max_examples=200)
+@given(height=st.integers(1, 700), width=st.integers(1, 700), patch=st.sampled_from([4, 8, 16]),
+       window=st.sampled_from([48, 64, 256]), overlap=st.integers(0, 2))
+def test_aligned_windows_begin_where_those_of_the_patches_do(height: int, width: int, patch: int, window: int,
+                                                              overlap: int) -> None:
+    fine = Blend(height, width, window, overlap * patch, multiple=patch, aligned=True)
+    assert all(side % patch == 0 for side in (*fine.padded, *fine.shape))
+    coarse = fine.coarse()
+    assert [(y // patch, x // patch) for y, x in fine.boxes] == coarse.boxes
+    assert [(y * patch, x * patch) for y, x in coarse.boxes] == fine.boxes
+    assert tuple(side * patch for side in coarse.shape) == fine.shape
+    assert max(y for y, _ in fine.boxes) + fine.shape[0] == fine.padded[0]
+    assert len(fine.boxes) <= len(Blend(*fine.padded, window, overlap * patch, multiple=patch).boxes), "no more windows for it"
+
+
+def test_an_aligned_overlap_is_a_multiple_of_the_patch() -> None:
+    with pytest.raises(BadRequest, match="overlap of 20 px"):
+        Blend(100, 100, 64, 20, multiple=16, aligned=True)

@@ -10,6 +10,7 @@ Shapes: B batch, D token width, h = H/p, w = W/p, C_k channels of stage k.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -116,20 +117,38 @@ class UNet2D(nn.Module):
             return torch.cat([self._decode(pixels[i:i + 1], [m[i:i + 1] for m in maps]) for i in range(len(pixels))])
         return self._decode(pixels, maps)
 
+    @property
+    def pixel_values(self) -> int:
+        """Values alive at once per pixel of the input at the forward's peak: at some stage its input, the levels of the stem
+        that still wait, and either what it joins twice (apart and together), or that, a convolution's output and its norm's."""
+        widths, most = [conv.out_channels for conv in self.ups], 0.0
+        for k, (block, width) in enumerate(zip(self.blocks, widths, strict=True), start=1):
+            waiting = sum(self.stem[level][0].out_channels / 4**level for level in range(min(len(self.stem), self.stages - k)))
+            joined = block[0].in_channels
+            most = max(most, waiting + (self.ups[k - 1].in_channels / 4 + joined + max(joined, 2 * width)) / 4 ** (self.stages - k))
+        return math.ceil(most)
+
     def _decode(self, pixels: torch.Tensor, maps: Sequence[torch.Tensor]) -> torch.Tensor:
-        stem, level = [], pixels
+        stem, level = [], pixels  # full resolution first
         for i, block in enumerate(self.stem):
             level = block(level if i == 0 else F.max_pool2d(level, 2))
             stem.append(level)
         deep_first = list(maps)[::-1]
         x = self.first(pointwise(self.lateral[0], deep_first[0]))
         for k in range(1, self.stages + 1):
-            parts = [self.ups[k - 1](x)]
-            if k < self.num_taps:
-                # projected at the token grid, then resampled: a linear map commutes with the interpolation
-                parts.append(F.interpolate(pointwise(self.lateral[k], deep_first[k]), size=parts[0].shape[2:], mode="bilinear",
-                                           align_corners=False))
-            if self.stages - k < len(stem):
-                parts.append(stem[self.stages - k])
-            x = self.blocks[k - 1](torch.cat(parts, dim=1))
-        return pointwise(self.head, x).float()
+            # what was joined is let go before the block runs: at full resolution that is a third of the memory
+            x = self.blocks[k - 1](torch.cat(self._parts(k, x, deep_first, stem), dim=1))
+        # float32 whatever the weights' dtype: a logit in bfloat16 has 8 bits, so maps would be staircases
+        head = self.head.weight.float().flatten(1), self.head.bias.float()
+        return kernels.linear(x.permute(0, 2, 3, 1).float(), *head).permute(0, 3, 1, 2).float()
+
+    def _parts(self, k: int, x: torch.Tensor, deep_first: list[torch.Tensor], stem: list[torch.Tensor]) -> list[torch.Tensor]:
+        """What stage k joins: the stage before at twice its resolution, a map, and the stem's level, taken from its end."""
+        parts = [self.ups[k - 1](x)]
+        if k < self.num_taps:
+            # projected at the token grid, then resampled: a linear map commutes with the interpolation
+            parts.append(F.interpolate(pointwise(self.lateral[k], deep_first[k]), size=parts[0].shape[2:], mode="bilinear",
+                                       align_corners=False))
+        if self.stages - k < len(stem):
+            parts.append(stem.pop())
+        return parts

@@ -1,0 +1,116 @@
+"""By which factor an image must be resampled so that its cells have the size of those the model was trained on.
+
+A network that saw cells of 20 px finds pieces of cells of 100 px, and specks where they are 4 px. What is known decides,
+in this order: the diameter that the user gives; pixel sizes of the image and of the training; else an estimate.
+
+The estimate segments a centred part of the image at a few factors, takes the first that shows cells, and looks again at
+the size that follows from it: at the right size the model sees best. It is a function of the image and the model alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from dinoray.errors import BadRequest, ItemError
+from dinoray.vision.distance_model import SegmenterConfig
+from dinoray.vision.resampling2d import resample, scaled_shape
+
+LARGEST = 8.0
+"""Factors beyond 1/8..8 are refused: the sizes that lead to them are wrong more often than not."""
+KEPT = 1.2
+"""An estimate within this factor of 1 leaves the image as it is: resampling costs more than it gains."""
+PART_PX = 1024
+"""Side of the part that an estimate segments, in px at the factor that is tried."""
+TRIALS = (1.0, 0.5, 0.25, 2.0)
+SEEN_PX = int(PART_PX / min(TRIALS))
+"""Side of the centred part, in px of the image, beyond which an estimate never looks."""
+LEAST_CELLS = 5
+"""Whole cells that an estimate needs."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """`factor` times the image's resolution is the model's; `diameter_px` is the median of its cells in px of the image,
+    where given or estimated. `unknown`: there was nothing to go by, and the factor is 1."""
+
+    factor: float
+    source: Literal["diameter", "pixel_size", "estimated", "unknown"]
+    diameter_px: float | None = None
+
+
+def cell_scale(image: np.ndarray, config: SegmenterConfig, segment: Callable[[np.ndarray], np.ndarray], *,
+               pixel_size_um: float | None = None, diameter_px: float | None = None) -> Scale:
+    """The `Scale` of an image float32 [3, Y, X] in [0, 1] (or of its centred part of `SEEN_PX`).
+
+    `segment` gives the label image [h, w] of an image [3, h, w] that is taken to be at the model's scale
+    (`Segmenter.segment`); it is called for an estimate only. `pixel_size_um` is the image's, `diameter_px` the median of
+    its cells as the user knows it; an image is not resampled for a pixel size within 1 % of the model's.
+
+    Raises ItemError `scale` when the factor is not within 1/8..8, and BadRequest for a diameter where the checkpoint says
+    none, and for sizes that are not positive.
+    """
+    for name, value in (("pixel_size_um", pixel_size_um), ("diameter_px", diameter_px)):
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise BadRequest(f"{name}={value}", todo="give a size above 0")
+    if diameter_px is not None:
+        if config.median_diameter_px is None:
+            raise BadRequest("the checkpoint does not say how large its cells were", where="diameter_px",
+                             todo="give pixel_size_um, or no size, or train again from label images")
+        return _checked(config.median_diameter_px / diameter_px, "diameter", diameter_px,
+                        f"cells of {diameter_px:g} px against {config.median_diameter_px:g} px of the model's")
+    if pixel_size_um is not None and config.pixel_size_um is not None:
+        factor = pixel_size_um / config.pixel_size_um
+        return _checked(1.0 if abs(math.log(factor)) < 0.01 else factor, "pixel_size", None,
+                        f"pixels of {pixel_size_um:g} µm against {config.pixel_size_um:g} µm of the model's")
+    if config.median_diameter_px is None:
+        return Scale(1.0, "unknown")
+    return _estimated(image, config.median_diameter_px, segment)
+
+
+def _checked(factor: float, source: str, diameter_px: float | None, why: str) -> Scale:
+    if not 1 / LARGEST <= factor <= LARGEST:
+        raise ItemError("scale", f"{why}: a factor of {factor:.3g}",
+                        todo=f"check the sizes; factors from 1/{LARGEST:g} to {LARGEST:g} are possible")
+    return Scale(factor, source, diameter_px)  # type: ignore[arg-type]
+
+
+def _estimated(image: np.ndarray, model_px: float, segment: Callable[[np.ndarray], np.ndarray]) -> Scale:
+    for trial in TRIALS:
+        found = _diameter_at(image, trial, segment)
+        if found is None:
+            continue
+        factor = model_px / found
+        if max(factor / trial, trial / factor) > KEPT and 1 / LARGEST <= factor <= LARGEST:
+            found = _diameter_at(image, factor, segment) or found  # seen better at the size that follows
+            factor = model_px / found
+        if max(factor, 1 / factor) <= KEPT:
+            factor = 1.0
+        return _checked(factor, "estimated", found, f"cells of {found:.3g} px, estimated, against {model_px:g} px of the model's")
+    return Scale(1.0, "unknown")
+
+
+def _diameter_at(image: np.ndarray, factor: float, segment: Callable[[np.ndarray], np.ndarray]) -> float | None:
+    """Median diameter, in px of the image, of the whole cells that a centred part shows at a factor; None for too few."""
+    side = math.ceil(PART_PX / factor)
+    y0, x0 = (max(0, (n - side) // 2) for n in image.shape[1:])
+    part = image[:, y0:y0 + side, x0:x0 + side]
+    shape = scaled_shape(part.shape[1:], factor)
+    areas = whole_areas(segment(resample(part, shape)))
+    if len(areas) < LEAST_CELLS:
+        return None
+    one_px = math.sqrt(shape[0] / part.shape[1] * shape[1] / part.shape[2])
+    return float(np.median(2 * np.sqrt(areas / math.pi))) / one_px
+
+
+def whole_areas(labels: np.ndarray) -> np.ndarray:
+    """Areas in px of the objects of a label image [Y, X] that do not touch its border."""
+    areas = np.bincount(labels.ravel())
+    for edge in (labels[0], labels[-1], labels[:, 0], labels[:, -1]):
+        areas[edge] = 0
+    areas[:1] = 0
+    return areas[areas > 0]

@@ -1,0 +1,114 @@
+"""The watershed's two thresholds, searched over stored distance maps: the network is not run again.
+
+A grid of P peaks and F fills costs P floods an image, not P x F. For one peak a flood down to the lowest fill holds
+all the others: a watershed takes the highest pixel first, so whatever lies above a higher fill, in a part of the
+foreground that holds a marker, has its label before the flood goes below that fill; and the parts without a marker
+are those that vanish (`instances`). So each (peak, fill) is that flood, cut; the tests compare with the double loop.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+from dinoray.errors import BadRequest
+from dinoray.vision.instances import EIGHT, check_thresholds, checked_map, find_markers, flood, without_small
+
+PEAKS = tuple(round(0.30 + 0.05 * i, 2) for i in range(9))
+FILLS = tuple(round(0.05 + 0.01 * i, 2) for i in range(11))
+"""The grid of DINOCell and SAMCell: peaks 0.30 to 0.70, fills 0.05 to 0.15."""
+
+Score = Callable[[np.ndarray, np.ndarray], tuple[int, int, int]]
+"""(predicted labels int32 [Y, X], true labels [Y, X]) -> true positives, false positives, false negatives. Called from
+`threads` threads at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One pair of thresholds: the mean over images of AP = TP / (TP + FP + FN) (1 for an image without objects where
+    none were found), the AP of the pooled counts, and these counts."""
+
+    peak: float
+    fill: float
+    image_mean: float
+    pooled: float
+    tp: int
+    fp: int
+    fn: int
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """The best pair of thresholds, and all candidates, peak by peak."""
+
+    best: Candidate
+    table: tuple[Candidate, ...]
+
+
+def average_precision(counts: np.ndarray) -> np.ndarray:
+    """TP / (TP + FP + FN) of counts [..., 3]; 1 where all three are 0."""
+    total = counts.sum(axis=-1)
+    return np.where(total == 0, 1.0, counts[..., 0] / np.maximum(total, 1))
+
+
+def label_images(distance: np.ndarray, peaks: Sequence[float], fills: Sequence[float], *, markers: str = "components",
+                 h: float = 0.1, min_area: int = 0):
+    """Yields (peak index, fill index, labels): the labels are those of `instances(distance, peak=..., fill=...)`."""
+    distance = checked_map(distance)
+    floods = []
+    for peak in peaks:
+        seeds = find_markers(distance, peak, markers, h)
+        floods.append((flood(distance, seeds, min(fills)), np.flatnonzero(seeds)))
+    for j, fill in enumerate(fills):
+        pieces, _ = ndimage.label(distance > fill, EIGHT)
+        for i, (labels, seeds) in enumerate(floods):
+            marked = np.zeros(int(pieces.max(initial=0)) + 1, bool)
+            marked[pieces.ravel()[seeds]] = True
+            yield i, j, without_small(np.where(marked[pieces], labels, 0), min_area)
+
+
+def search(maps: Sequence[np.ndarray], truths: Sequence[np.ndarray], *, score: Score, peaks: Sequence[float] = PEAKS,
+           fills: Sequence[float] = FILLS, objective: str = "image_mean", threads: int = 1, markers: str = "components",
+           h: float = 0.1, min_area: int = 0) -> Search:
+    """The thresholds that score best on distance maps float [Y, X] with known label images int [Y, X].
+
+    `maps` and `truths` may be any sequences, also ones that read an image when it is asked for: each is asked once,
+    and `threads` of them are in memory at a time. `objective`: `image_mean` or `pooled`; of equal candidates the one
+    that is better by the other objective wins, then the lowest peak, then the lowest fill. `markers`, `h` and
+    `min_area` as in `instances`.
+
+    Raises BadRequest for no images, another number of truths than maps, a pair of unequal shapes, an empty grid and
+    any pair of the grid with peak < fill.
+    """
+    peaks, fills = tuple(sorted(set(peaks))), tuple(sorted(set(fills)))
+    if not peaks or not fills or objective not in ("image_mean", "pooled"):
+        raise BadRequest(f"a search over {len(peaks)} peaks and {len(fills)} fills for {objective!r}",
+                         todo="give at least one of each, and objective image_mean or pooled")
+    for peak, fill in itertools.product(peaks, fills):
+        check_thresholds(peak, fill)
+    if not len(maps) or len(maps) != len(truths):
+        raise BadRequest(f"{len(maps)} distance maps for {len(truths)} label images", todo="give one label image for each map")
+
+    def counts(index: int) -> np.ndarray:
+        distance, truth = maps[index], truths[index]
+        if distance.shape != truth.shape:
+            raise BadRequest(f"map {distance.shape} and labels {truth.shape} differ in shape", where=f"image {index}",
+                             todo="both must have the size of the image")
+        found = np.zeros((len(peaks), len(fills), 3), np.int64)
+        for i, j, labels in label_images(distance, peaks, fills, markers=markers, h=h, min_area=min_area):
+            found[i, j] = score(labels, truth)
+        return found
+
+    with ThreadPoolExecutor(threads) as pool:
+        each = np.stack(list(pool.map(counts, range(len(maps)))))
+    total, means = each.sum(axis=0), average_precision(each).mean(axis=0)
+    pooled = average_precision(total)
+    table = tuple(Candidate(peak, fill, float(means[i, j]), float(pooled[i, j]), *map(int, total[i, j]))
+                  for i, peak in enumerate(peaks) for j, fill in enumerate(fills))
+    other = {"image_mean": "pooled", "pooled": "image_mean"}[objective]
+    return Search(max(table, key=lambda c: (getattr(c, objective), getattr(c, other))), table)  # max keeps the first of equals

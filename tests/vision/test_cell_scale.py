@@ -1,0 +1,138 @@
+"""The factor to the model's scale: what decides, the estimate on discs of known size, and the refusals."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from dinoray.errors import BadRequest, ItemError
+from dinoray.vision.cell_scale import PART_PX, SEEN_PX, Scale, cell_scale, whole_areas
+from dinoray.vision.distance_model import SegmenterConfig
+from dinoray.vision.segmenter import Segmenter
+from dinoray.vision.targets import distance_map
+from tests.vision.distance_models import seeing_model, small_config
+from tests.vision.test_segmenter import discs
+
+
+@pytest.fixture(autouse=True)
+def single(one_thread: None) -> None:
+    """Networks this small only wait for each other's threads."""
+
+
+def config(**fields: object) -> SegmenterConfig:
+    return small_config(**{"median_diameter_px": 20.0, **fields})
+
+
+def picture(diameter: float, side: int = 400) -> np.ndarray:
+    """Bright discs on black, [3, side, side]."""
+    return np.repeat((discs((side, side), diameter / 2, math.ceil(1.6 * diameter)) > 0)[None].astype(np.float32), 3, axis=0)
+
+
+class Eyes:
+    """Finds bright objects of 10 to 40 px only, as a network that was trained on cells of 20 px might."""
+
+    def __init__(self, smallest: float = 10, largest: float = 40):
+        self.smallest, self.largest, self.shapes = smallest, largest, []
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        self.shapes.append(image.shape[1:])
+        labels, _ = ndimage.label(image[0] > 0.5)
+        diameters = 2 * np.sqrt(np.bincount(labels.ravel()) / np.pi)
+        return np.where((diameters >= self.smallest) & (diameters <= self.largest), np.arange(len(diameters)), 0)[labels]
+
+
+def never(image: np.ndarray) -> np.ndarray:
+    raise AssertionError("nothing need be segmented")
+
+
+def test_what_is_known_decides_and_nothing_is_segmented() -> None:
+    image, model = picture(20), config(pixel_size_um=0.5)
+    assert cell_scale(image, model, never, pixel_size_um=0.25) == Scale(0.5, "pixel_size")
+    assert cell_scale(image, model, never, pixel_size_um=1.0).factor == 2.0
+    assert cell_scale(image, model, never, pixel_size_um=0.5001) == Scale(1.0, "pixel_size")
+    assert cell_scale(image, model, never, diameter_px=40) == Scale(0.5, "diameter", 40)
+    assert cell_scale(image, model, never, diameter_px=22).factor == pytest.approx(20 / 22), "what is given is taken as given"
+    assert cell_scale(image, model, never, pixel_size_um=0.25, diameter_px=5).factor == 4.0, "the user knows better than a header"
+    assert cell_scale(image, config(median_diameter_px=None), never) == Scale(1.0, "unknown")
+    assert cell_scale(image, config(median_diameter_px=None), never, pixel_size_um=0.2) == Scale(1.0, "unknown")
+
+
+@pytest.mark.parametrize("diameter", [5.5, 7, 9, 13, 18, 20, 23, 30, 41, 60, 100])
+def test_the_estimate_finds_discs_of_any_size(diameter: float) -> None:
+    image = picture(diameter, max(200, int(12 * diameter)))
+    found = cell_scale(image, config(), Eyes())
+    assert found.source == "estimated"
+    true = 2 * np.sqrt(np.median(whole_areas(ndimage.label(image[0])[0])) / np.pi)  # a disc of few pixels is not round
+    assert found.diameter_px == pytest.approx(true, rel=0.06)
+    wanted = 20 / true
+    assert found.factor == (1.0 if 1 / 1.2 < wanted < 1.2 else pytest.approx(wanted, rel=0.06))
+
+
+def test_the_estimate_looks_again_at_the_size_that_follows() -> None:
+    """Eyes that see only the middles of cells above 50 px: at the size that follows from those they see right."""
+    class Poor(Eyes):
+        def __call__(self, image: np.ndarray) -> np.ndarray:
+            labels = super().__call__(image)
+            depth = ndimage.distance_transform_edt(labels)
+            return np.where(depth > 15, labels, 0) if depth.max() > 25 else labels
+
+    eyes = Poor(largest=80)
+    found = cell_scale(picture(60), config(), eyes)
+    assert eyes(picture(60)).any()
+    assert found.diameter_px == pytest.approx(60, rel=0.03)
+    assert len(eyes.shapes) == 3, "one look at 1, one at the factor that follows, and ours"
+
+
+def test_an_estimate_sees_a_centred_part_of_bounded_size() -> None:
+    image = np.zeros((3, 1200, 2500), np.float32)
+    eyes = Eyes()
+    assert cell_scale(image, config(), eyes) == Scale(1.0, "unknown")
+    assert eyes.shapes == [(1024, 1024), (600, 1024), (300, 625), (1024, 1024)]
+    assert PART_PX == 1024
+    assert SEEN_PX == 4096
+    image[:, :, :700] = picture(20, 1200)[:, :, :700]  # left of the part seen at 1, in that at 0.5: seen as 10 px, then as 20
+    found = cell_scale(image, config(), eyes)
+    assert found.source == "estimated"
+    assert found.diameter_px == pytest.approx(20, rel=0.1)
+
+
+def test_four_cells_and_cells_at_the_border_are_not_enough() -> None:
+    image = np.zeros((3, 100, 100), np.float32)
+    labels = discs((100, 100), 10, 45)
+    assert labels.max() == 4
+    assert cell_scale(image + (labels > 0), config(), Eyes()) == Scale(1.0, "unknown")
+    labels = np.zeros((7, 9), np.int32)
+    labels[0, 3:5], labels[2:4, 2:5], labels[3, 8], labels[5:, 0], labels[5, 3], labels[5, 5] = 1, 2, 3, 4, 6, 7
+    assert sorted(whole_areas(labels)) == [1, 1, 6]
+    assert len(whole_areas(np.zeros((3, 3), np.int32))) == 0
+
+
+def test_with_a_segmenter_whose_map_is_its_input() -> None:
+    labels = discs((300, 260), 6, 20)
+    image = np.repeat(distance_map(labels)[None], 3, axis=0)
+    ours = Segmenter(seeing_model(), config(), token_budget=1000)
+    found = cell_scale(image, ours.config, ours.segment)
+    assert found == cell_scale(image, ours.config, ours.segment), "the same every time"
+    assert found.source == "estimated"
+    assert found.diameter_px == pytest.approx(12, rel=0.1)
+
+
+@pytest.mark.parametrize("sizes", [{"pixel_size_um": 0.01}, {"pixel_size_um": 50.0}, {"diameter_px": 1.0}, {"diameter_px": 200.0}])
+def test_factors_that_cannot_be_meant(sizes: dict) -> None:
+    with pytest.raises(ItemError, match="1/8 to 8") as caught:
+        cell_scale(picture(20), config(pixel_size_um=0.5), never, **sizes)
+    assert caught.value.reason == "scale"
+
+
+@pytest.mark.parametrize("sizes", [{"pixel_size_um": 0.0}, {"pixel_size_um": float("nan")}, {"diameter_px": -3.0}])
+def test_sizes_that_are_none(sizes: dict) -> None:
+    with pytest.raises(BadRequest, match=next(iter(sizes))):
+        cell_scale(picture(20), config(), never, **sizes)
+
+
+def test_a_diameter_needs_the_models() -> None:
+    with pytest.raises(BadRequest, match="how large"):
+        cell_scale(picture(20), config(median_diameter_px=None), never, diameter_px=20)
