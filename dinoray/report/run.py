@@ -49,6 +49,8 @@ class Run:
     tally: Tally = field(default_factory=Tally)
     stages: StageTotals = field(default_factory=StageTotals)
     parts: list[Part] = field(default_factory=list)
+    image_parts: list[Part] = field(default_factory=list)
+    """Of a segmentation: the tables of images, whose rows are images."""
     row_items: int = 0
     verified: bool = False
     restarted_units: int = 0
@@ -160,6 +162,8 @@ def open_for_report(out: str) -> Run:
                 run.quarantine_units.add((position, receipt.number))
             run.parts += [Part(receipt.number, stored.key, receipt.rows, receipt.plate, position)
                           for stored in receipt.objects if stored.key.startswith(TABLES) and receipt.rows]
+            run.image_parts += [Part(receipt.number, stored.key, receipt.row_items + len(receipt.without_objects), receipt.plate,
+                                     position) for stored in receipt.objects if stored.key.startswith("images/")]
         run.restarted_units += sum(count > 1 for count in part.ledger.attempts().values())
     run.verified = run.tally.units == run.num_units and store.exists("_SUCCESS")
     return run
