@@ -32,7 +32,9 @@ SPREAD, EXTREMES = 6, 2
 WINDOW = 1024
 """Longest side of what is shown of an image, in px of the image."""
 SIDE = 560
-"""Longest side of a picture, px of the page."""
+"""Longest side of a picture, px: about twice what a page of usual width shows, for those who enlarge it."""
+THICKNESS = 2
+"""Of outlines at that size: about one pixel as shown."""
 _SOURCES = {"diameter": "from the diameter given", "pixel_size": "from the pixel size", "estimated": "estimated",
             "unknown": "unknown: as it is"}
 
@@ -101,7 +103,7 @@ def _draw(run: Run, found: Found, row: int, why: str, item: Item, scaling: Scali
         overlay.outlines = outlines.filled_cells(part, *shown)
     else:
         overlay.image = data_uri(_resized(pixels[:, y:y + WINDOW, x:x + WINDOW], *shown))
-        overlay.outlines = outlines.cell_outlines(part, *shown)
+        overlay.outlines = outlines.cell_outlines(part, *shown, thickness=THICKNESS)
     return overlay
 
 

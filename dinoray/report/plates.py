@@ -186,8 +186,8 @@ def _add_part(run: Run, part: Part, found: dict[Key, PlateData], result: Plates)
             plate.misplaced += row["item_id_count"]
             continue
         cells = row.get("object_id_count") or row.get("num_cells_sum") or 0
-        plate.well(place).add(row["channel"], row["item_id_count"], row["item_id_count_distinct"], cells, np.array([row[f"{m}_sum"] or 0.0 for m in METRICS]),
-                              np.array([row[f"{m}_count"] for m in METRICS]))
+        plate.well(place).add(row["channel"], row["item_id_count"], row["item_id_count_distinct"], cells,
+                              np.array([row[f"{m}_sum"] or 0.0 for m in METRICS]), np.array([row[f"{m}_count"] for m in METRICS]))
     if "Metadata_Site" in columns:
         for row in table.group_by([*keys, "Metadata_Site"]).aggregate([]).to_pylist():
             place = parse_well(row["Metadata_Well"])

@@ -11,7 +11,7 @@ from dinoray.report.lines import DECADES, log_ticks, round_ticks
 from dinoray.report.plots import number
 
 WIDTH, HEIGHT = 560, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 12, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 30, 12, 40
 POINTS = 4000
 """Most points drawn; of more, evenly spread ones."""
 

@@ -35,8 +35,8 @@ def render_segmentation(run: Run) -> str:
     plates = read_plates(replace(run, parts=run.image_parts))
     return environment().get_template("segmentation.html.j2").render(
         head=_head(run), run=run, tally=run.tally, found=found, totals=_totals(run, found), overlays=overlays,
-        lost_images=sum(not one.image for one in overlays), scales=_scales(found), plots=_plots(found), scatter=_scatter(found),
-        points=min(found.cells.table.num_rows, POINTS), listed=_listed(found), plates=view_plates(plates),
+        lost_images=sum(not one.image for one in overlays), scales=_scales(found), plots=_plots(found), scatters=_scatters(found),
+        listed=_listed(found), plates=view_plates(plates),
         stages=stage_facts(run, CELLS), reasons=quarantine_reasons(run), losses=losses[:PLATES_LISTED], num_losses=len(losses),
         lost="masks", reading=repr(run.store.url), examples=_first(overlays))
 
@@ -101,16 +101,20 @@ def _plots(found: Found) -> list[tuple[str, str, plots.Histogram]]:
     return [(title, what, plots.histogram(values)) for title, what, values in shown]
 
 
-def _scatter(found: Found) -> dict[str, Any] | None:
-    """Mean intensity of the sampled cells over their area."""
-    table = found.cells.table
+def _scatters(found: Found) -> list[dict[str, Any]]:
+    """Mean intensity of the sampled cells over their area; cells in an image over their size."""
+    table, shown = found.cells.table, []
     channels = found.images["channel"].to_pylist()
     name = intensity_column(table, Counter(channels).most_common(1)[0][0] if channels else None)
-    if name is None or "area_px" not in table.column_names:
-        return None
-    columns = [table[column].to_numpy(zero_copy_only=False).astype(np.float64) for column in ("area_px", name)]
-    channel = name.removeprefix("intensity_mean_")
-    return {"svg": scatter(*columns, x_label="area, px", y_label=f"mean of {channel[:40]}"), "channel": channel}
+    if name is not None and "area_px" in table.column_names:
+        area, mean = (table[column].to_numpy(zero_copy_only=False).astype(np.float64) for column in ("area_px", name))
+        channel = name.removeprefix("intensity_mean_")[:60]
+        shown.append({"title": "Intensity and area of cells", "svg": scatter(area, mean, x_label="area, px", y_label="mean intensity"),
+                      "note": f"One point for each of {min(len(area), POINTS):,} cells; raw counts of channel {channel}."})
+    diameter, counts = found.values("median_diameter_px"), found.values("num_cells")
+    shown.append({"title": "Number and size of cells", "svg": scatter(diameter, counts, x_label="median diameter, px", y_label="cells"),
+                  "note": f"One point for each of {min(int(np.isfinite(diameter).sum()), POINTS):,} images with cells."})
+    return [one for one in shown if one["svg"]]
 
 
 def _listed(found: Found) -> list[dict[str, Any]]:
