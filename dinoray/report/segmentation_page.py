@@ -109,10 +109,12 @@ def _scatters(found: Found) -> list[dict[str, Any]]:
     if name is not None and "area_px" in table.column_names:
         area, mean = (table[column].to_numpy(zero_copy_only=False).astype(np.float64) for column in ("area_px", name))
         channel = name.removeprefix("intensity_mean_")[:60]
-        shown.append({"title": "Intensity and area of cells", "svg": scatter(area, mean, x_label="area, px", y_label="mean intensity"),
+        shown.append({"title": "Intensity and area of cells",
+                      "svg": scatter(area, mean, x_label="area, px", y_label="mean intensity"),
                       "note": f"One point for each of {min(len(area), POINTS):,} cells; raw counts of channel {channel}."})
     diameter, counts = found.values("median_diameter_px"), found.values("num_cells")
-    shown.append({"title": "Number and size of cells", "svg": scatter(diameter, counts, x_label="median diameter, px", y_label="cells"),
+    shown.append({"title": "Number and size of cells",
+                  "svg": scatter(diameter, counts, x_label="median diameter, px", y_label="cells"),
                   "note": f"One point for each of {min(int(np.isfinite(diameter).sum()), POINTS):,} images with cells."})
     return [one for one in shown if one["svg"]]
 
