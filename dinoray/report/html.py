@@ -58,6 +58,8 @@ def render(run: Run) -> str:
     """The page's text."""
     if run.is_volume:
         return render_volume(run)
+    if run.is_segmentation:
+        raise BadRequest("there is no report of a segmentation yet", where=run.store.url, todo="see `dinoray status`")
     sample = read_sample(run)
     gallery = build_gallery(run, sample)
     losses = plates_by_loss(run)
