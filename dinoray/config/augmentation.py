@@ -7,14 +7,15 @@ from typing import Annotated, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Factors = Annotated[tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]], Field()]
+Positive = Annotated[float, Field(gt=0)]
+Factors = tuple[Positive, Positive]
 
 
 class Augmentation(BaseModel):
     """Random changes of a training sample. A `p_...` is the share of samples that get a change.
 
-    Factors are (low, high) around 1 and drawn log-uniformly, so that halving is as likely as doubling. Intensities
-    are those after scaling to [0, 1].
+    Pairs are (low, high) and drawn log-uniformly, so that halving is as likely as doubling. Intensities are those after
+    scaling to [0, 1].
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
@@ -47,7 +48,7 @@ class Augmentation(BaseModel):
     p_blur: Share = 0.15
     """Share blurred, as if out of focus."""
     blur_sigma_px: Factors = (0.4, 1.2)
-    """(low, high) sigma of the Gaussian in px of the crop, drawn log-uniformly."""
+    """(low, high) sigma of the Gaussian in px of the crop."""
     p_noise: Share = 0.25
     """Share with Gaussian noise, independent for each pixel and channel (the same in the channels of a grey image)."""
     noise: float = Field(0.05, ge=0, le=1)

@@ -2,7 +2,8 @@
 
 Everything random comes from one generator that the caller keys by the sample's number, so a resumed run or another
 number of workers sees the same samples. How many numbers are drawn never depends on what they are or on the settings:
-changing one option leaves the others' choices as they were. Distance maps are made from the labels that come out.
+changing one option leaves the others' choices as they were. The choices are the same on every machine, the pixels to
+float32 rounding. Distance maps are made from the labels that come out.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from scipy import ndimage
 
 from dinoray.config.augmentation import Augmentation
 from dinoray.errors import BadRequest
-from dinoray.training.warping import Warp, check_pair, grid_crops, instances, plain_crop, warp
+from dinoray.training.warping import Warp, check_pair, grid_crops, instances, plain_crop, warp, without_copies
 
 __all__ = ["augment", "draw_warp", "grid_crops", "plain_crop"]
 
@@ -94,8 +95,7 @@ def _between(factors: tuple[float, float], drawn: float) -> float:
 def _toned(crop: np.ndarray, config: Augmentation, drawn: dict[str, float], noise_seed: int) -> np.ndarray:
     """The crop [C, n, n] with another focus, colour, tone and noise, in [0, 1]; a grey one (equal channels) stays grey."""
     count = len(crop)
-    is_grey = all(np.array_equal(crop[0], other) for other in crop[1:])
-    planes = crop[:1] if is_grey else crop
+    planes = without_copies(crop)
     if drawn["p_shuffle"] < config.p_channel_shuffle and len(planes) == 3:
         planes = planes[list(_ORDERS[int(drawn["shuffle"] * len(_ORDERS))])]
     if drawn["p_blur"] < config.p_blur:
@@ -122,4 +122,4 @@ def _toned(crop: np.ndarray, config: Augmentation, drawn: dict[str, float], nois
         noise *= np.float32(drawn["noise"] * config.noise)
         planes += noise
         np.clip(planes, 0.0, 1.0, out=planes)
-    return np.repeat(planes, count, axis=0) if is_grey and count > 1 else planes
+    return planes if len(planes) == count else np.repeat(planes, count, axis=0)

@@ -73,14 +73,20 @@ def warp(image: np.ndarray, labels: np.ndarray, where: Warp, crop_px: int) -> tu
     size_y, size_x = last_y - first_y + 1, last_x - first_x + 1
     rows, columns = mirrored(first_y, size_y, labels.shape[0]), mirrored(first_x, size_x, labels.shape[1])
     ids = labels[rows[np.floor(y).astype(np.intp) - first_y], columns[np.floor(x).astype(np.intp) - first_x]]
-    block = _cut(image, first_y, first_x, size_y, size_x)
+    block = without_copies(_cut(image, first_y, first_x, size_y, size_x))
     if sigma:
         block = ndimage.gaussian_filter(block, (0, sigma, sigma), mode="nearest", output=np.float32)
     out = np.empty((len(image), crop_px, crop_px), np.float32)
     offset = origin - 0.5 - (first_y, first_x)  # indices of the block: 0 is the centre of its first pixel
-    for channel, into in zip(block, out, strict=True):
+    for channel, into in zip(block, out, strict=False):
         ndimage.affine_transform(channel, matrix, offset, output=into, order=1, mode="nearest")
+    out[len(block):] = out[0]
     return out, ids
+
+
+def without_copies(planes: np.ndarray) -> np.ndarray:
+    """The first of planes [C, Y, X] as [1, Y, X] where the others equal it (a grey image, most often), else all of them."""
+    return planes[:1] if all(np.array_equal(planes[0], other) for other in planes[1:]) else planes
 
 
 def _cut(planes: np.ndarray, y0: int, x0: int, height: int, width: int) -> np.ndarray:

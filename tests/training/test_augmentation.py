@@ -131,8 +131,8 @@ def test_beyond_the_border_lies_the_mirror_image_of_both() -> None:
 
 def test_pieces_of_one_id_become_instances() -> None:
     ids = np.zeros((8, 12), np.int64)
-    ids[1:3, 1:4] = 7  # two pieces of 7, one diagonal neighbour that belongs to the first, 9 touching it
-    ids[3, 4] = 7
+    ids[1:3, 1:4] = 7  # two pieces of 7, the first continued over a corner, 9 touching it
+    ids[3, 4:8] = 7
     ids[5:7, 8:11] = 7
     ids[1:3, 4:6] = 9
     out = instances(ids)
@@ -251,6 +251,14 @@ def test_a_crop_around_the_foreground_holds_some(config: Augmentation) -> None:
         for seed in range(12):
             assert augment(image, labels, 64, config, np.random.default_rng(seed))[1].any()
     assert not augment(image, np.zeros((500, 500), int), 64, config, np.random.default_rng(0))[1].any()
+
+
+def test_a_crop_around_a_corner_pixel_is_moved_inside_the_image() -> None:
+    image, labels = smooth(60, 70, 1), np.zeros((60, 70), int)
+    labels[58:, 67:] = 1
+    crop, ids = augment(image, labels, 32, Augmentation.off().model_copy(update={"p_foreground": 1.0}), np.random.default_rng(0))
+    assert np.array_equal(crop, image[:, 28:, 38:])
+    assert np.array_equal(ids, labels[28:, 38:])
 
 
 def test_zoom_brings_objects_to_the_models_scale() -> None:

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from dinoray.errors import BadRequest, ItemError
-from dinoray.io.decoded import DecodedImage
+from dinoray.io.decoded import DecodedImage, Limits
+from dinoray.io.raster import decode_png
 from dinoray.vision.segmentation_input import planes
 from tests.conftest import texture
+from tests.realdata import data_folder
 
 FIVE = ("DNA", "ER", "RNA", "AGP", "Mito")
 
@@ -136,7 +138,7 @@ def test_scaling_by_the_plate_and_by_the_dtype() -> None:
     out = planes(image, channels="DNA", scaling="plate", group="p", table=table)
     np.testing.assert_allclose(out[0], scaled(image.pixels[0], 100, 5000), atol=1e-6)
     np.testing.assert_allclose(planes(image, channels="ER", scaling="dtype")[0], image.pixels[1] / 65535, atol=1e-6)
-    colour = DecodedImage(texture((3, 30, 30), 1, "uint16"), ("R", "G", "B"))
+    colour = DecodedImage(texture((3, 30, 30), 1).astype(np.uint16) // 2, ("R", "G", "B"))
     table = {"p": {"R": (5.0, 50.0), "G": (1.0, 90.0), "B": (3.0, 40.0)}}
     out = planes(colour, channels="rgb", scaling="plate", group="p", table=table)
     np.testing.assert_allclose(out, scaled(colour.pixels, 1, 90), atol=1e-6)
@@ -169,3 +171,21 @@ def test_nan_in_a_used_channel_is_refused(bad: float) -> None:
             planes(image, channels=channels)
         assert caught.value.reason == "nan"
     assert np.isfinite(planes(image, channels="a")).all()
+
+
+def test_real_fluorescence_saved_in_colour_is_bright_and_stained_tissue_keeps_its_colour() -> None:
+    folder = data_folder("dsb2018_stage1") / "stage1_train"
+    kinds = set()
+    for path in sorted(folder.glob("*/images/*.png"))[::6]:
+        image = decode_png(path.read_bytes(), path.name, Limits())
+        assert image.is_rgb8
+        out = planes(image)
+        assert (out.min(), out.max()) == (0, 1)
+        is_grey = np.array_equal(image.pixels[0], image.pixels[1])
+        kinds.add((is_grey, int(image.pixels.max()) < 100))
+        if is_grey:
+            assert np.array_equal(out[0], out[2])
+        inside = (out > 0) & (out < 1)  # what no percentile cuts: one straight line for the three channels
+        slope, offset = np.polyfit(image.pixels[inside].astype(float), out[inside], 1)
+        assert np.abs(slope * image.pixels[inside] + offset - out[inside]).max() < 1e-5
+    assert {(True, True), (False, False)} <= kinds
