@@ -106,7 +106,7 @@ def resume_command(job: UnitJob) -> str:
             continue
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
-            words.append(flag)
+            words.append(flag if value else "--no-" + flag[2:])
         elif isinstance(value, dict):
             words += [w for k, v in value.items() for w in (flag, f"{k}={v}")]
         elif isinstance(value, list):

@@ -50,7 +50,8 @@ def job_command(model: type[UnitJob], run: Callable[[Any], int]) -> Callable[...
         choices = [str(c) for c in _choices(field.annotation)]
         if choices:
             text = f"{' | '.join(choices)}. {text}"
-        names = ("--" + name.replace("_", "-"),)
+        flag = "--" + name.replace("_", "-")
+        names = (f"{flag}/--no-{flag[2:]}",) if kind is bool and shown else (flag,)
         parameters.append(inspect.Parameter(
             name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None,
             annotation=Annotated[kind | None, typer.Option(*names, help=text, show_default=False)]))

@@ -63,7 +63,7 @@ class SegmentCellsJob(CollectionJob):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.peak is not None and self.fill is not None and self.fill >= self.peak:
-            raise ValueError("fill must be below peak: a cell's marker lies inside the cell")
+            raise ValueError("fill: must be below peak: a cell's marker lies inside the cell")
         if self.channel is not None and not self.channel.strip():
             raise ValueError("channel: an empty name")
         if self.channel is not None and "=" in self.channel and len(channel_groups(self.channel)) != 1:

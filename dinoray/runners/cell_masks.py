@@ -299,11 +299,15 @@ class CellMaskRunner(UnitRunner):
                 state.ledger.store.delete(name)
 
     def _note_scales(self, state: _State, receipt: Receipt) -> None:
-        """The estimated factors, by scaling group, go into the receipt: the driver tells of them."""
-        factors: dict[str, list[float]] = {}
+        """The estimated factors, by scaling group, go into the receipt (null: too few cells for an estimate): the driver
+        tells of them."""
+        factors: dict[str, list[float | None]] = {}
         for position, result in sorted(state.done.items()):
-            if position not in state.bad and result.image_row["scale_source"] == "estimated":
-                factors.setdefault(state.unit.items[position].group, []).append(round(result.image_row["scale"], 4))
+            source, factor = result.image_row["scale_source"], result.image_row["scale"]
+            tried = source == "estimated" or source == "unknown" and self.config.median_diameter_px is not None
+            if tried and position not in state.bad:
+                told = round(factor, 4) if source == "estimated" else None
+                factors.setdefault(state.unit.items[position].group, []).append(told)
         if factors:
             receipt.numerics["estimated_scales"] = factors
 

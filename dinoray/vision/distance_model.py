@@ -152,8 +152,12 @@ def state_digest(tensors: dict[str, torch.Tensor], backbone_digest: str) -> str:
 def save_checkpoint(store: Store, prefix: str, model: DistanceMapModel, config: SegmenterConfig, card: str = "") -> SegmenterConfig:
     """Write the folder `prefix` of a store; returns the config with the digests of what was written.
 
-    config.json is written last: a folder without it is no checkpoint.
+    config.json is written last: a folder without it is no checkpoint. Raises BadRequest for a trained backbone that
+    `config` leaves out: its digest would name other weights.
     """
+    if not (model.frozen or config.backbone.included):
+        raise BadRequest("the backbone was trained, but config.backbone.included is false", where=prefix,
+                         todo="set included, so that the checkpoint holds it")
     decoder = {name: tensor.detach().cpu().contiguous() for name, tensor in model.decoder.state_dict().items()}
     tensors = {f"decoder.{name}": tensor for name, tensor in decoder.items()}
     if config.backbone.included:
@@ -209,6 +213,10 @@ def load_segmenter(url: str, *, weights: str | None = None, dtype: torch.dtype =
         wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
         raise WeightsError(f"{len(wrong)} tensors of the decoder are missing, left over or of another shape: "
                            f"{', '.join(wrong[:5])}", where=url, todo="config.json and model.safetensors are not of one checkpoint")
+    damaged = sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all())
+    if damaged:
+        raise WeightsError(f"NaN or infinity in {', '.join(damaged[:5])}", where=url,
+                           todo="take an earlier checkpoint, or copy it again")
     model.decoder.load_state_dict({name.removeprefix("decoder."): tensors[name].float() for name in wanted})
     digest = state_digest(model.decoder.state_dict(), backbone.digest)
     if config.weights_digest and digest != config.weights_digest:

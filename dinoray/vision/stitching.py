@@ -92,12 +92,13 @@ class _Strip(NamedTuple):
 
 
 def matches(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Pairs [n, 2] of ids of two label images of one shape whose IoU exceeds 0.5; each id occurs at most once a side."""
-    (ids_a, at_a, px_a), (ids_b, at_b, px_b) = (np.unique(x, return_inverse=True, return_counts=True) for x in (a, b))
-    pairs, shared = np.unique(at_a.ravel() * len(ids_b) + at_b.ravel(), return_counts=True)
-    i, j = np.divmod(pairs, len(ids_b))
-    same = (2 * shared > px_a[i] + px_b[j] - shared) & (ids_a[i] > 0) & (ids_b[j] > 0)
-    return np.stack([ids_a[i[same]], ids_b[j[same]]], axis=1)
+    """Pairs int64 [n, 2] of ids (int32) of two label images of one shape whose IoU exceeds 0.5: each id in at most one."""
+    (ids_a, px_a), (ids_b, px_b) = (np.unique(x[x > 0], return_counts=True) for x in (a, b))
+    both, factor = (a > 0) & (b > 0), int(b.max(initial=0)) + 1
+    pairs, shared = np.unique(a[both].astype(np.int64) * factor + b[both], return_counts=True)
+    i, j = np.divmod(pairs, factor)
+    same = 2 * shared > px_a[np.searchsorted(ids_a, i)] + px_b[np.searchsorted(ids_b, j)] - shared
+    return np.stack([i[same], j[same]], axis=1)
 
 
 class Stitcher:
@@ -177,7 +178,7 @@ class Stitcher:
                 continue
             both = strip.box.meet(here.box)
             if both.shape[0] and both.shape[1]:
-                self._pairs.append(matches(strip.ids[both.within(strip.box)], here.ids[both.within(here.box)]).astype(np.int64))
+                self._pairs.append(matches(strip.ids[both.within(strip.box)], here.ids[both.within(here.box)]))
 
     def _keep(self, block: Block, ids: np.ndarray) -> None:
         """Copies of the block's overlaps with its right and its lower neighbours; the rest of `ids` can go."""

@@ -9,7 +9,7 @@ are those that vanish (`instances`). So each (peak, fill) is that flood, cut; th
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ import numpy as np
 from scipy import ndimage
 
 from dinoray.errors import BadRequest
-from dinoray.vision.instances import EIGHT, check_thresholds, checked_map, find_markers, flood, without_small
+from dinoray.vision.instances import EIGHT, H, check_thresholds, checked_map, find_markers, flood, without_small
 
 PEAKS = tuple(round(0.30 + 0.05 * i, 2) for i in range(9))
 FILLS = tuple(round(0.05 + 0.01 * i, 2) for i in range(11))
@@ -57,7 +57,7 @@ def average_precision(counts: np.ndarray) -> np.ndarray:
 
 
 def label_images(distance: np.ndarray, peaks: Sequence[float], fills: Sequence[float], *, markers: str = "components",
-                 h: float = 0.1, min_area: int = 0):
+                 h: float = H, min_area: int = 0) -> Iterator[tuple[int, int, np.ndarray]]:
     """Yields (peak index, fill index, labels): the labels are those of `instances(distance, peak=..., fill=...)`."""
     distance = checked_map(distance)
     floods = []
@@ -69,12 +69,13 @@ def label_images(distance: np.ndarray, peaks: Sequence[float], fills: Sequence[f
         for i, (labels, seeds) in enumerate(floods):
             marked = np.zeros(int(pieces.max(initial=0)) + 1, bool)
             marked[pieces.ravel()[seeds]] = True
-            yield i, j, without_small(np.where(marked[pieces], labels, 0), min_area)
+            cut = np.where(marked[pieces], labels, 0)
+            yield i, j, without_small(cut, min_area) if min_area > 1 else cut
 
 
 def search(maps: Sequence[np.ndarray], truths: Sequence[np.ndarray], *, score: Score, peaks: Sequence[float] = PEAKS,
            fills: Sequence[float] = FILLS, objective: str = "image_mean", threads: int = 1, markers: str = "components",
-           h: float = 0.1, min_area: int = 0) -> Search:
+           h: float = H, min_area: int = 0) -> Search:
     """The thresholds that score best on distance maps float [Y, X] with known label images int [Y, X].
 
     `maps` and `truths` may be any sequences, also ones that read an image when it is asked for: each is asked once,
