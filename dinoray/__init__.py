@@ -12,11 +12,14 @@ _NAMES = {
     "load_backbone": "dinoray.vision.weights",
     "save_backbone": "dinoray.vision.weights",
     "open_features": "dinoray.io.tables",
+    "open_masks": "dinoray.io.masks",
     "extract_images": "dinoray.extraction",
+    "segment_cells": "dinoray.extraction",
     "extract_volume": "dinoray.volume_extraction",
     "ExtractCellsJob": "dinoray.config",
     "ExtractImagesJob": "dinoray.config",
     "ExtractVolumeJob": "dinoray.config",
+    "SegmentCellsJob": "dinoray.config",
     "DinorayError": "dinoray.errors",
 }
 __all__ = sorted(_NAMES)

@@ -1,4 +1,5 @@
-"""`extract_images`: the whole life of a job (of images or of cells), from listing to `_SUCCESS`. What the CLI and jobs/ call.
+"""`extract_images`, `segment_cells`: the whole life of a job over a collection, from listing to `_SUCCESS`. What the CLI and
+jobs/ call.
 
 resolve -> list -> take the output -> record the request -> statistics units -> seal the plan -> units in rounds ->
 verify. Every step can be killed and is found again by the next run of the same command.
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from dinoray.config import ExtractJob
+from dinoray.config import CollectionJob, ExtractJob, SegmentCellsJob
 from dinoray.driver import refuse_if_held
 from dinoray.failpoints import reach
 from dinoray.generations import generations
@@ -28,6 +29,16 @@ def extract_images(job: ExtractJob, say: Callable[[str], None] = print, *, comma
     Raises BadRequest (nothing was run), ChangedRequest (the output belongs to another request), OutputHeld (another
     driver works on it), TooManyFailures, SystemicError, Stopped, NoProgress.
     """
+    return _run(job, say, command, leave)
+
+
+def segment_cells(job: SegmentCellsJob, say: Callable[[str], None] = print, *, command: str = "",
+                  leave: Callable[[str], None] | None = None) -> Outcome:
+    """As `extract_images`, for a job that segments; WeightsError too when the checkpoint is damaged."""
+    return _run(job, say, command, leave)
+
+
+def _run(job: CollectionJob, say: Callable[[str], None], command: str, leave: Callable[[str], None] | None) -> Outcome:
     job = absolute(job)
     resolved = resolve(job)
     store = open_store(job.out)
@@ -37,7 +48,7 @@ def extract_images(job: ExtractJob, say: Callable[[str], None] = print, *, comma
     listing = list_inputs(job)
     refuse_if_held(store, job.takeover)
     # listed before the output is taken: what is refused while listing leaves no trace there
-    with spool_items(listing.items, sample=job.scaling_sample if job.scaling == "plate" and not sealed else 0) as spool:
+    with spool_items(listing.items, sample=job.scaling_sample if resolved.job.scaling == "plate" and not sealed else 0) as spool:
         if listing.num_ignored:
             say(f"files passed over: {listing.describe_ignored()}")
         with open_session(store, resolved, command, say, leave=leave) as session:

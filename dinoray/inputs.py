@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from dinoray.config import ExtractCellsJob, ExtractJob
+from dinoray.config import CollectionJob, ExtractCellsJob
 from dinoray.errors import BadRequest, ItemError
 from dinoray.io.images import Limits, declared_pixel_size
 from dinoray.io.items import Item
@@ -21,7 +21,7 @@ PEEKED_BYTES = 256 * 2**20
 """Larger files are not read for their header alone."""
 
 
-def list_inputs(job: ExtractJob, sources: list[str] | None = None, *, root: str | None = None) -> ItemListing:
+def list_inputs(job: CollectionJob, sources: list[str] | None = None, *, root: str | None = None) -> ItemListing:
     """The inputs of a job, or those at other `sources` by the job's rules, with labels or centroids in jobs of cells.
     `root`: what ids are relative to (see `list_items`).
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
-from dinoray.config import FeatureJob
+from dinoray.config import UnitJob
 from dinoray.ledger import Receipt
 from dinoray.memory.meter import available_cores
-from dinoray.resolve import Resolved
+from dinoray.resolved import Resolved
 from dinoray.runners.build import RunnerSpec, build_runner
 from dinoray.runners.local import run_units
 
@@ -24,7 +24,7 @@ class Pool(Protocol):
     def close(self) -> None: ...
 
 
-def make_pool(job: FeatureJob, resolved: Resolved, say: Callable[[str], None]) -> Pool:
+def make_pool(job: UnitJob, resolved: Resolved, say: Callable[[str], None]) -> Pool:
     """The pool that the job asks for; nothing is started yet."""
     return LocalPool(job, resolved) if job.no_ray else RayPool(job, resolved, say)
 
@@ -32,7 +32,7 @@ def make_pool(job: FeatureJob, resolved: Resolved, say: Callable[[str], None]) -
 class LocalPool:
     """Runs units in this process."""
 
-    def __init__(self, job: FeatureJob, resolved: Resolved):
+    def __init__(self, job: UnitJob, resolved: Resolved):
         self.job, self.resolved = job, resolved
 
     def close(self) -> None:
@@ -43,15 +43,15 @@ class LocalPool:
         cores = available_cores()
         spec = replace(spec, decode_threads=self.job.decode_threads or max(2, cores),
                        compute_threads=self.job.compute_threads or cores)
-        backbone = self.resolved.backbone if spec.kind == self.job.runner else None
-        run_units(lambda: build_runner(spec, backbone), recompute_pending, on_receipt, rounds=self.job.rounds,
+        loaded = self.resolved.loaded if spec.kind == self.job.runner else None
+        run_units(lambda: build_runner(spec, loaded), recompute_pending, on_receipt, rounds=self.job.rounds,
                   where=self.job.out, check=check)
 
 
 class RayPool:
     """Runs units on Ray actors. Ray is started or joined at the first use: not for planning, not for nothing."""
 
-    def __init__(self, job: FeatureJob, resolved: Resolved, say: Callable[[str], None]):
+    def __init__(self, job: UnitJob, resolved: Resolved, say: Callable[[str], None]):
         self.job, self.resolved, self.say = job, resolved, say
         self._local: bool | None = None
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dinoray.config import ExtractVolumeJob, FeatureJob, build_job
+from dinoray.config import ExtractVolumeJob, UnitJob, build_job
 from dinoray.errors import BadRequest, ChangedRequest
 from dinoray.generations import REQUEST, Generation, begin, generations, next_prefix, quarantined_now
 from dinoray.inputs import list_inputs
@@ -24,7 +24,8 @@ from dinoray.io.stores import is_local, local_path, open_store
 from dinoray.io.volume_arrays import check_arrays
 from dinoray.planning import id_hash, spool_items
 from dinoray.request import absolute, differences, read_identity, read_request
-from dinoray.resolve import Resolved, resolve
+from dinoray.resolve import resolve
+from dinoray.resolved import Resolved
 from dinoray.sealing import known_scaling
 from dinoray.session import Outcome, Session, open_session
 from dinoray.units import item_digest
@@ -113,7 +114,7 @@ def _absolute(url: str) -> str:
     return str(local_path(url)) if is_local(url) else url
 
 
-def _again(out: str, execution: dict[str, Any]) -> tuple[FeatureJob, Resolved]:
+def _again(out: str, execution: dict[str, Any]) -> tuple[UnitJob, Resolved]:
     """The job of an output, with other execution settings; it must still compute the same."""
     store, _, _ = open_run(out)
     recorded, fingerprint = read_request(store)

@@ -6,11 +6,11 @@ import json
 import shlex
 from typing import Any
 
-from dinoray.config import FeatureJob, build_job, recorded_model
+from dinoray.config import UnitJob, build_job, recorded_model
 from dinoray.errors import BadRequest, ChangedRequest, OutputDamaged
 from dinoray.io.stores import Store, is_local, local_path
 from dinoray.ledger import Ledger
-from dinoray.resolve import Resolved
+from dinoray.resolved import Resolved
 from dinoray.units import Plan
 
 KEY = "_dinoray/job.json"
@@ -62,7 +62,7 @@ def read_identity(store: Store) -> dict[str, Any]:
     return json.loads(store.get(KEY))["identity"]
 
 
-def read_request(store: Store) -> tuple[FeatureJob, str]:
+def read_request(store: Store) -> tuple[UnitJob, str]:
     """The job that an output was made by, and its fingerprint. Raises BadRequest, OutputDamaged."""
     try:
         record = json.loads(store.get(KEY))
@@ -84,19 +84,19 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     return [] if old == new else [f"{path}: {json.dumps(old)} -> {json.dumps(new)}"]
 
 
-def absolute(job: FeatureJob) -> FeatureJob:
+def absolute(job: UnitJob) -> UnitJob:
     """The job with absolute local paths, so that its resume command works from any folder."""
     paths = {source: str(local_path(source)) if is_local(source) else source for source in job.sources}
     out = str(local_path(job.out)) if is_local(job.out) else job.out.rstrip("/")
-    others = {name: str(local_path(url)) for name in ("labels", "centroids", "foreground")
+    others = {name: str(local_path(url)) for name in ("labels", "centroids", "foreground", "checkpoint")
               if (url := getattr(job, name, None)) in job.other_inputs() and is_local(url)}
     return job.model_copy(update={"sources": tuple(paths.values()), "out": out, **others})
 
 
-def resume_command(job: FeatureJob) -> str:
+def resume_command(job: UnitJob) -> str:
     """A command line that runs the same job again."""
     last = ["--", *job.sources] if any(source.startswith("-") for source in job.sources) else []
-    words = ["dinoray", "extract", job.command, *([] if last else job.sources), "--out", job.out]
+    words = ["dinoray", job.verb, job.command, *([] if last else job.sources), "--out", job.out]
     default = type(job).model_fields
     for name, value in job.model_dump(mode="json").items():
         if name in ("sources", "out", "takeover") or value == default[name].get_default(call_default_factory=True):
@@ -106,7 +106,7 @@ def resume_command(job: FeatureJob) -> str:
             continue
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
-            words.append(flag)
+            words.append(flag if value else "--no-" + flag[2:])
         elif isinstance(value, dict):
             words += [w for k, v in value.items() for w in (flag, f"{k}={v}")]
         elif isinstance(value, list):

@@ -13,14 +13,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dinoray.config import ExtractCellsJob, canonical_json
+from dinoray.config import ExtractCellsJob, SegmentCellsJob, canonical_json
 from dinoray.generations import generations
 from dinoray.io.stores import Store
 from dinoray.ledger import Ledger, Receipt, Tally
 from dinoray.planning import Spool, write_plan
 from dinoray.pools import Pool
 from dinoray.progress import Progress
-from dinoray.resolve import Resolved
+from dinoray.resolved import Resolved
 from dinoray.runners import statistics
 from dinoray.runners.build import RunnerSpec
 from dinoray.units import CELL_ITEM_SCHEMA, ITEM_SCHEMA, Plan, PlanWriter, fingerprint_of
@@ -49,6 +49,8 @@ def seal_generation(store: Store, resolved: Resolved, spool: Spool, pool: Pool, 
     if replaces is not None:
         facts["replaces"] = replaced = {}  # filled while the units are written, before the facts are
         writer.on_unit = lambda unit_id, item_ids: replaced.update({unit_id: replaces(item_ids)})
+    if isinstance(job, SegmentCellsJob):
+        facts["kind"] = job.runner
     write_plan(spool, writer, numerics=resolved.numerics, described=resolved.described, **facts)
     return Plan(store, prefix)
 
@@ -105,4 +107,4 @@ def run_statistics(store: Store, resolved: Resolved, rows: Iterable[tuple[dict[s
     pool(RunnerSpec(kind, job.out, prefix, job=job.model_dump(mode="json")),
          lambda: plan.pending(ledger.done()), on_receipt, check)
     progress.end()
-    return statistics.scaling_table(store, ledger.receipts(plan.unit_ids), (job.scaling_low_percent, job.scaling_high_percent))
+    return statistics.scaling_table(store, ledger.receipts(plan.unit_ids), resolved.percents)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from dinoray.config import FeatureJob
+from dinoray.config import UnitJob
 from dinoray.driver import Driver
 from dinoray.errors import TooManyFailures
 from dinoray.failpoints import reach
@@ -22,8 +22,9 @@ from dinoray.ledger import Receipt, Tally
 from dinoray.planning import Spool
 from dinoray.pools import Pool, make_pool
 from dinoray.progress import Progress
-from dinoray.resolve import Resolved
+from dinoray.resolved import Resolved
 from dinoray.runners.build import RunnerSpec
+from dinoray.scale_notes import scale_notes
 from dinoray.sealing import seal_generation
 from dinoray.units import Plan
 from dinoray.verification import verify_fast
@@ -61,7 +62,7 @@ class Session:
     progress: Progress
 
     @property
-    def job(self) -> FeatureJob:
+    def job(self) -> UnitJob:
         """The job, with every `auto` settled."""
         return self.resolved.job
 
@@ -140,6 +141,8 @@ class Session:
         if tally.degraded_units:
             bad += f", {plural(tally.degraded_units, 'unit')} with degraded numerics"
         for note in unfinished_notes(self.store):
+            self.say(note)
+        for note in scale_notes(generations(self.store)):
             self.say(note)
         self.say(f"look at it: dinoray report {out}")
         done = f"{plural(tally.items, self.job.noun)}, {plural(tally.rows, self.job.row_noun)}"

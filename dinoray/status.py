@@ -8,8 +8,12 @@ from dinoray.generations import Generation, generations, total_tally, unfinished
 from dinoray.verification import open_run
 from dinoray.wording import plural
 
-STAGES = ("read", "decode", "prepare", "compute", "write")
+STAGES = ("read", "decode", "prepare", "compute", "cells", "write")
 """Stages of work as they stand in receipts, in order; seconds summed over threads."""
+
+
+NOUNS = {"volume": ("slabs", "tokens"), "cell-masks": ("images", "cells")}
+"""What the items and rows of a kind of plan are called, where not images and rows."""
 
 
 def status_lines(out: str) -> Iterator[str]:
@@ -25,7 +29,7 @@ def status_lines(out: str) -> Iterator[str]:
     items = sum(part.plan.num_items for part in parts if part.kind != "retry")
     yield f"{parts[0].plan.facts['fingerprint']}  {out}"
     yield f"units   {tally.units} of {units} done, {units - tally.units} pending"
-    noun, rows = ("slabs", "tokens") if parts[0].plan.facts.get("kind") == "volume" else ("images", "rows")
+    noun, rows = NOUNS.get(parts[0].plan.facts.get("kind"), ("images", "rows"))
     planned = parts[0].plan.facts.get("num_tokens")
     rows += "" if planned is None else f" of {planned} ({tally.rows / planned:.1%})"
     yield f"{noun:<7} {tally.items} of {items} done, {tally.rows} {rows}, {tally.quarantined} quarantined"
@@ -37,7 +41,8 @@ def status_lines(out: str) -> Iterator[str]:
     if repeated:
         yield f"units started more than once: {len(repeated)} (most often {max(repeated)} times)"
     if tally.units:
-        yield "stage seconds, summed over threads: " + ", ".join(f"{s} {tally.seconds.get(s, 0):.1f}" for s in STAGES)
+        yield "stage seconds, summed over threads: " + ", ".join(
+            f"{s} {tally.seconds.get(s, 0):.1f}" for s in STAGES if s != "cells" or s in tally.seconds)
         yield f"read {tally.bytes_read:,} bytes, wrote {tally.bytes_written:,} bytes, largest process {tally.rss_peak:,} bytes"
         yield "computed on " + ", ".join(f"{kind} ({plural(n, 'unit')})" for kind, n in sorted(tally.device_kinds.items()))
     if tally.degraded_units:

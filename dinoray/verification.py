@@ -1,6 +1,6 @@
 """`verify`: is the output whole? Receipts against the plan, and what is stored against the receipts.
 
-fast: one listing of features/ and dense/ compared with all receipts (names and sizes), Parquet footers (rows).
+fast: one listing of the data folders compared with all receipts (names and sizes), Parquet footers (rows).
 deep: every object is read and its sha256 compared; rows, ids and quarantine are matched with the plan.
 """
 
@@ -29,7 +29,9 @@ from dinoray.slabs import Slab, shard_keys
 from dinoray.units import Plan, Unit
 from dinoray.wording import plural
 
-DATA_FOLDERS = ("features", "dense")
+DATA_FOLDERS = ("features", "dense", "masks", "cells", "images")
+TABLES = ("features/", "cells/")
+"""Folders of tables whose rows are those of the receipts."""
 _SHOWN = 5
 _LINES = 20
 """Problems that are listed; more are counted."""
@@ -115,8 +117,10 @@ def _check_fast(store: Store) -> tuple[dict[str, Any], list[Generation]]:
                 problems.append(f"unit {receipt.unit}: its receipt has the fingerprint of another job, {receipt.fingerprint}")
             for stored in receipt.objects:  # a retry of a volume replaces shards that lacked tokens
                 expected[stored.key] = stored.bytes
-                if stored.key.startswith("features/"):
+                if stored.key.startswith(TABLES):
                     tables.append((stored.key, receipt.rows))
+                elif stored.key.startswith("images/"):
+                    tables.append((stored.key, receipt.items - receipt.quarantined))
         if planned != part.plan.num_items:
             problems.append(f"the receipts of {part.prefix} hold {planned} inputs, its plan {part.plan.num_items}")
         found |= dict(store.list(f"{part.ledger.prefix}/quarantine"))
@@ -204,14 +208,17 @@ def _deep_unit(store: Store, unit: Unit, receipt: Receipt, grid: dict[str, Any] 
     problems: list[str] = []
     with_rows: set[str] = set()
     quarantined: list[str] = []
+    images: pa.Table | None = None
     for stored in receipt.objects:
         if stored.key in replaced:
             continue
         data = store.get(stored.key)
         if hashlib.sha256(data).hexdigest() != stored.sha256:
             problems.append(f"{stored.key}: the content has changed (sha256 differs from the receipt)")
-        elif stored.key.startswith("features/"):
+        elif stored.key.startswith(TABLES):
             with_rows = set(pq.read_table(io.BytesIO(data), columns=["item_id"])["item_id"].to_pylist())
+        elif stored.key.startswith("images/"):
+            images = pq.read_table(io.BytesIO(data), columns=["item_id", "mask"])
         elif "/quarantine/" in stored.key:
             quarantined = pq.read_table(io.BytesIO(data), columns=["item_id"])["item_id"].to_pylist()
     if problems:
@@ -224,7 +231,22 @@ def _deep_unit(store: Store, unit: Unit, receipt: Receipt, grid: dict[str, Any] 
     if sorted([*with_rows, *receipt.without_objects, *quarantined]) != sorted(planned):
         problems.append(f"unit {unit.id}: rows, items without objects and quarantine do not add up to the {len(planned)} "
                         "planned inputs")
+    if images is not None:
+        problems += _images_unit(unit, receipt, images, with_rows)
     return problems, quarantined
+
+
+def _images_unit(unit: Unit, receipt: Receipt, images: pa.Table, with_rows: set[str]) -> list[str]:
+    """What is wrong with a segmented unit's table of images: each has its row, and its mask among the receipt's objects."""
+    problems = []
+    if sorted(images["item_id"].to_pylist()) != sorted([*with_rows, *receipt.without_objects]):
+        problems.append(f"unit {unit.id}: its table of images is not of the images with and without cells")
+    stored = [each.key for each in receipt.objects if each.key.startswith("masks/")]
+    masks = images["mask"].to_pylist()
+    missing = [mask for mask in masks if not any(key == mask or key.startswith(mask + "/") for key in stored)]
+    if missing:
+        problems.append(f"unit {unit.id}: its receipt names no mask for {_some(missing)}")
+    return problems
 
 
 def _volume_unit(unit: Unit, receipt: Receipt, grid: VolumeGrid, quarantined: set[str]) -> list[str]:

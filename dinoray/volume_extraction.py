@@ -23,7 +23,8 @@ from dinoray.io.volume_grid import VolumeGrid
 from dinoray.io.volumes import Volume
 from dinoray.memory.meter import available_cores
 from dinoray.request import absolute, check_request, record_request, resume_command
-from dinoray.resolve import Resolved, resolve
+from dinoray.resolve import resolve
+from dinoray.resolved import Resolved
 from dinoray.runners.statistics import distinct_values
 from dinoray.runners.volume_statistics import sample_blocks, why_unusable
 from dinoray.sealing import run_statistics
@@ -66,7 +67,7 @@ def extract_volume(job: ExtractVolumeJob, say: Callable[[str], None] = print, *,
         inputs = [[v.ref.uri, v.ref.size, v.ref.version] for v in (volume, mask) if v]
         forecast = None
         if not sealed:
-            config = resolved.backbone.config
+            config = resolved.loaded.config
             grid = make_grid(job, volume, patch=config.patch_size, dim=config.dim, token_budget=job.token_budget or 0, say=say)
             forecast = make_forecast(job, grid, volume, mask, threads=job.compute_threads or available_cores())
             for line in forecast.lines():

@@ -24,7 +24,7 @@ from dinoray.io.items import FileRef, Item
 from dinoray.io.stores import Store, open_store
 from dinoray.session import Outcome
 from dinoray.units import Plan, PlanWriter, item_digest, item_row
-from dinoray.verification import open_run, verify_deep
+from dinoray.verification import DATA_FOLDERS, TABLES, open_run, verify_deep
 from dinoray.vision.backbone import Backbone
 from dinoray.vision.variants import BackboneConfig
 
@@ -50,9 +50,9 @@ def environment() -> dict[str, str]:
 
 
 def data_objects(out: Path | str) -> dict[str, bytes]:
-    """Every object below features/ and dense/, temporary ones included."""
+    """Every object below the folders of data (features/, masks/, ...), temporary ones included."""
     store = open_store(str(out))
-    return {key: store.get(key) for folder in ("features", "dense") for key, _ in store.list(folder)}
+    return {key: store.get(key) for folder in DATA_FOLDERS for key, _ in store.list(folder)}
 
 
 def check_whole(out: Path) -> None:
@@ -61,10 +61,10 @@ def check_whole(out: Path) -> None:
     verify_deep(store)  # checksums, rows, planned = rows + quarantined, disjoint
     receipts = list(ledger.receipts(plan.unit_ids))
     named = {stored.key for receipt in receipts for stored in receipt.objects}
-    assert set(data_objects(out)) == {key for key in named if key.startswith(("features/", "dense/"))}
+    assert set(data_objects(out)) == {key for key in named if key.startswith(tuple(f"{folder}/" for folder in DATA_FOLDERS))}
     assert not list(store.list("_dinoray/tmp"))
     planned = Counter(item.item_id for unit in plan.units() for item in unit.items)
-    rows = {item for key in named if key.startswith("features/")
+    rows = {item for key in named if key.startswith(TABLES)
             for item in pq.read_table(io.BytesIO(store.get(key)), columns=["item_id"])["item_id"].to_pylist()}
     bad = Counter(ledger.quarantine(receipts)["item_id"].to_pylist())
     empty = Counter(item for receipt in receipts for item in receipt.without_objects)

@@ -16,6 +16,7 @@ from dinoray.config import (
     ExtractCellsJob,
     ExtractImagesJob,
     ExtractVolumeJob,
+    SegmentCellsJob,
     build_job,
     canonical_json,
     channel_groups,
@@ -120,7 +121,8 @@ def test_defaults_of_the_contract() -> None:
 
 def test_result_settings_are_all_fields_but_how_it_runs() -> None:
     settings_ = job().result_settings()
-    fields = {*ExtractImagesJob.model_fields, *ExtractCellsJob.model_fields, *ExtractVolumeJob.model_fields}
+    fields = {*ExtractImagesJob.model_fields, *ExtractCellsJob.model_fields, *ExtractVolumeJob.model_fields,
+              *SegmentCellsJob.model_fields}
     assert fields >= EXECUTION_FIELDS, "a name in EXECUTION_FIELDS is no field"
     assert set(settings_) == set(ExtractImagesJob.model_fields) - EXECUTION_FIELDS
     assert json.loads(canonical_json(settings_)) == settings_

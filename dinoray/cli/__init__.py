@@ -9,12 +9,22 @@ import sys
 
 import typer
 
-from dinoray.cli import chaos, doctor, evaluate, export, jobs, outputs, train  # noqa: F401 (their commands register themselves)
+from dinoray.cli import (  # noqa: F401 (their commands register themselves)
+    chaos,
+    doctor,
+    evaluate,
+    export,
+    jobs,
+    outputs,
+    segment,
+    train,
+)
 from dinoray.cli.app import app, guarded, say, with_signals
 from dinoray.cli.jobs import job_command, run_extract_images, run_extract_volume, run_job_script
+from dinoray.cli.segment import run_segment_cells
 
 __all__ = ["app", "guarded", "job_command", "main", "run_extract_images", "run_extract_volume", "run_job_script",
-           "say", "with_signals"]
+           "run_segment_cells", "say", "with_signals"]
 
 
 def main() -> None:

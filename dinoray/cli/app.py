@@ -19,6 +19,8 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_mar
                   help="Image collections and volumes of any size through DINOv3, with output that can be trusted.")
 extract = typer.Typer(no_args_is_help=True, help="Features of images, cells and volumes.")
 app.add_typer(extract, name="extract")
+segment = typer.Typer(no_args_is_help=True, help="Cell instances, by a checkpoint that `dinoray train` made.")
+app.add_typer(segment, name="segment")
 
 Out = Annotated[str, typer.Argument(help="Output folder or URL of a run.")]
 

@@ -9,11 +9,20 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 
 from dinoray.cli.app import app, extract, guarded, say, with_signals
-from dinoray.config import ExtractCellsJob, ExtractImagesJob, ExtractJob, ExtractVolumeJob, FeatureJob, build_job, read_job_file
+from dinoray.config import (
+    ExtractCellsJob,
+    ExtractImagesJob,
+    ExtractJob,
+    ExtractVolumeJob,
+    FeatureJob,
+    UnitJob,
+    build_job,
+    read_job_file,
+)
 from dinoray.errors import BadRequest
 
 
-def job_command(model: type[FeatureJob], run: Callable[[Any], int]) -> Callable[..., None]:
+def job_command(model: type[UnitJob], run: Callable[[Any], int]) -> Callable[..., None]:
     """A typer command with one flag per job field; `--job FILE.yaml` gives defaults, flags override it."""
 
     def command(**given: Any) -> None:
@@ -41,7 +50,8 @@ def job_command(model: type[FeatureJob], run: Callable[[Any], int]) -> Callable[
         choices = [str(c) for c in _choices(field.annotation)]
         if choices:
             text = f"{' | '.join(choices)}. {text}"
-        names = ("--" + name.replace("_", "-"),)
+        flag = "--" + name.replace("_", "-")
+        names = (f"{flag}/--no-{flag[2:]}",) if kind is bool and shown else (flag,)
         parameters.append(inspect.Parameter(
             name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None,
             annotation=Annotated[kind | None, typer.Option(*names, help=text, show_default=False)]))
@@ -53,7 +63,7 @@ def job_command(model: type[FeatureJob], run: Callable[[Any], int]) -> Callable[
 
 def _place(field: str) -> int:
     """Where a flag stands in the help: input, output and model, then what is the command's own, then how a job runs."""
-    first = ("sources", "out", "model", "weights", "accept_dinov3_license")
+    first = ("sources", "out", "model", "checkpoint", "weights", "accept_dinov3_license")
     return first.index(field) if field in first else len(first) + (field in FeatureJob.model_fields)
 
 
@@ -129,7 +139,7 @@ def demo(out: Annotated[str, typer.Option("--out", help="Where to write.")] = "d
     raise typer.Exit(run_demo(out, no_ray=no_ray, say=say))
 
 
-def run_job_script(model: type[FeatureJob], run: Callable[[Any], int], argv: list[str]) -> int:
+def run_job_script(model: type[UnitJob], run: Callable[[Any], int], argv: list[str]) -> int:
     """What jobs/*.py call: `FILE.yaml [key=value ...]`. Quarantined items are a success unless `strict`."""
     if not argv or argv[0] in ("-h", "--help"):
         say("usage: python jobs/NAME.py FILE.yaml [key=value ...]")

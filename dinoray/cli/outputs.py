@@ -36,7 +36,7 @@ def verify(out: Out, deep: Annotated[bool, typer.Option("--deep", help="Read eve
         totals = verify_deep(store) if deep else verify_fast(store, write_success=True)
     except SystemicError as error:  # a read-only copy is as whole as any
         totals, note = verify_fast(store, write_success=False), f"\nnot marked with _SUCCESS: {error.what} [{error.where}]"
-    noun, rows = ("slab", "token") if totals["kind"] == "volume" else ("image", "row")
+    noun, rows = {"volume": ("slab", "token"), "cell-masks": ("image", "cell")}.get(totals["kind"], ("image", "row"))
     say(f"whole: {plural(totals['items'], noun)} in {plural(totals['units'], 'unit')}, {plural(totals['rows'], rows)}, "
         f"{totals['quarantined']} quarantined, {count_bytes(totals['bytes'])}" + (", all checksums match" if deep else "") + note)
     for line in unfinished_notes(store):
@@ -54,6 +54,7 @@ def report(out: Out, to: Annotated[str | None, typer.Option("--to", help="File t
 Workers = Annotated[str | None, typer.Option(help="auto, a number of actors, or MIN,MAX [as before].")]
 NoRay = Annotated[bool | None, typer.Option("--no-ray/--ray", help="In this process, without Ray [as before].",
                                             show_default=False)]
+Checkpoint = Annotated[str | None, typer.Option(help="Of a segmentation: where the same checkpoint lies now, if it was moved.")]
 Weights = Annotated[str | None, typer.Option(help="Where the same weights lie now, if they were moved.")]
 Fraction = Annotated[float | None, typer.Option(help="Share of quarantined items that stops the run [as before].")]
 Takeover = Annotated[bool, typer.Option("--takeover", help="Take the output from a driver that you know to be gone.")]
@@ -61,14 +62,14 @@ Takeover = Annotated[bool, typer.Option("--takeover", help="Take the output from
 
 @app.command()
 def retry(out: Out, reason: Annotated[list[str] | None, typer.Option("--reason", help="Only these reasons [all].")] = None,
-          workers: Workers = None, no_ray: NoRay = None, weights: Weights = None, max_failed_fraction: Fraction = None,
-          takeover: Takeover = False) -> None:
+          workers: Workers = None, no_ray: NoRay = None, weights: Weights = None, checkpoint: Checkpoint = None,
+          max_failed_fraction: Fraction = None, takeover: Takeover = False) -> None:
     """Try quarantined items again, as their files are now; what was committed stays as it is."""
     from dinoray.repair import retry
 
     leave = with_signals(shlex.join(["dinoray", "retry", out]))
     outcome = retry(out, reasons=[r.strip() for text in reason or () for r in text.split(",")], say=say, leave=leave,
-                    workers=workers, no_ray=no_ray, weights=weights,
+                    workers=workers, no_ray=no_ray, weights=weights, checkpoint=checkpoint,
                     max_failed_fraction=max_failed_fraction, takeover=takeover)
     raise typer.Exit(outcome.exit_code)
 
@@ -77,14 +78,14 @@ def retry(out: Out, reason: Annotated[list[str] | None, typer.Option("--reason",
 def extend(out: Out, sources: Annotated[list[str], typer.Argument(help="What to add: folders, files, globs, URLs, manifests.")],
            labels: Annotated[str | None, typer.Option(help="Of cells: the label images of these inputs [as before].")] = None,
            centroids: Annotated[str | None, typer.Option(help="Of cells: the table of these inputs [as before].")] = None,
-           workers: Workers = None, no_ray: NoRay = None, weights: Weights = None, max_failed_fraction: Fraction = None,
-           takeover: Takeover = False) -> None:
+           workers: Workers = None, no_ray: NoRay = None, weights: Weights = None, checkpoint: Checkpoint = None,
+           max_failed_fraction: Fraction = None, takeover: Takeover = False) -> None:
     """Add new inputs to a run, with the settings it was made with; inputs that it holds already are passed over."""
     from dinoray.repair import extend
 
     leave = with_signals(shlex.join(["dinoray", "extend", out, *sources]))
     outcome = extend(out, sources, say=say, leave=leave, labels=labels, centroids=centroids, workers=workers, no_ray=no_ray,
-                     weights=weights, max_failed_fraction=max_failed_fraction, takeover=takeover)
+                     weights=weights, checkpoint=checkpoint, max_failed_fraction=max_failed_fraction, takeover=takeover)
     raise typer.Exit(outcome.exit_code)
 
 

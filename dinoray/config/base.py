@@ -1,4 +1,4 @@
-"""What every job that computes features shares, and which fields change no result."""
+"""What every job over units shares, what those that compute features add, and which fields change no result."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from dinoray.config.secrets import secret_in_url
 EXECUTION_FIELDS = frozenset({
     "sources", "out", "weights", "workers", "no_ray", "decode_threads", "compute_threads", "staging", "strict",
     "max_failed_fraction", "accept_dinov3_license", "rounds", "stall_timeout_s", "prefetch_bytes", "takeover", "labels",
-    "centroids", "unit_windows", "unit_planes", "max_output_bytes", "memory_bytes",
+    "centroids", "unit_windows", "unit_planes", "max_output_bytes", "memory_bytes", "checkpoint",
 })
-"""Fields that change how a job runs, never what it writes. `sources`, `labels`, `centroids` and `weights` are
-identified by content instead: the digest of the listing and the digest of the weights."""
+"""Fields that change how a job runs, never what it writes. `sources`, `labels`, `centroids`, `weights` and `checkpoint` are
+identified by content instead: the digest of the listing and the digests of the weights."""
 
 
-class FeatureJob(BaseModel):
-    """What every job that computes features shares; `runner` and `command` name the kind's runner and CLI command,
-    `noun` and `row_noun` what its items and results are called in messages."""
+class UnitJob(BaseModel):
+    """What every job over units shares; `runner` names the kind's runner, `verb` and `command` its CLI command, `noun` and
+    `row_noun` what its items and results are called in messages."""
 
     runner: ClassVar[str]
+    verb: ClassVar[str] = "extract"
     command: ClassVar[str]
     noun: ClassVar[str] = "image"
     row_noun: ClassVar[str] = "row"
@@ -33,18 +34,12 @@ class FeatureJob(BaseModel):
     """Folders, files, globs, fsspec URLs (`s3://...`), or CSV/Parquet manifests."""
     out: str
     """Output folder or URL; running the same job on it again resumes it."""
-    model: str | None = None
-    """Variant such as `vits16`; alone it means its official weights."""
     weights: str | None = None
     """Hub id, folder, file, or `random[:SEED]`."""
     accept_dinov3_license: bool = False
     """You accept the DINOv3 License: the open timm mirror may then be used where the official one is gated."""
     staging: str | None = None
     """Folder or URL that all actors reach, for the weights (below `_dinoray/weights/<digest>`); default `out`."""
-    scaling_low_percent: float = Field(0.1, ge=0, le=100)
-    """Percentile that becomes 0."""
-    scaling_high_percent: float = Field(99.9, ge=0, le=100)
-    """Percentile that becomes 1."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """`auto`: bfloat16 on CUDA, float32 on CPU; fixed in the plan."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -88,8 +83,6 @@ class FeatureJob(BaseModel):
             raise ValueError(f"workers: {self.workers!r} is neither `auto`, N, nor MIN,MAX")
         if "," in self.workers and int(self.workers.split(",")[0]) > int(self.workers.split(",")[1]):
             raise ValueError(f"workers: MIN is above MAX in {self.workers!r}")
-        if self.scaling_low_percent >= self.scaling_high_percent:
-            raise ValueError("scaling_low_percent must be below scaling_high_percent")
         urls = (*self.sources, *self.other_inputs(), self.out, self.staging or "", self.weights or "")
         for url in urls:
             # it would stand in job.json, in rows and on the screen; the message does not repeat it
@@ -105,3 +98,20 @@ class FeatureJob(BaseModel):
     def other_inputs(self) -> tuple[str, ...]:
         """Paths and URLs, besides the sources, whose content belongs to the inputs."""
         return ()
+
+
+class FeatureJob(UnitJob):
+    """What every job that computes features shares."""
+
+    model: str | None = None
+    """Variant such as `vits16`; alone it means its official weights."""
+    scaling_low_percent: float = Field(0.1, ge=0, le=100)
+    """Percentile that becomes 0."""
+    scaling_high_percent: float = Field(99.9, ge=0, le=100)
+    """Percentile that becomes 1."""
+
+    @model_validator(mode="after")
+    def _rising(self) -> Self:
+        if self.scaling_low_percent >= self.scaling_high_percent:
+            raise ValueError("scaling_low_percent must be below scaling_high_percent")
+        return self

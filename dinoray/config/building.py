@@ -10,20 +10,24 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from dinoray.config.base import FeatureJob
+from dinoray.config.base import UnitJob
 from dinoray.config.images import ExtractCellsJob, ExtractImagesJob
+from dinoray.config.segmentation import SegmentCellsJob
 from dinoray.config.volumes import ExtractVolumeJob
 from dinoray.errors import BadRequest
 
 Job = TypeVar("Job", bound=BaseModel)
 
 
-def recorded_model(values: dict[str, Any]) -> type[FeatureJob]:
-    """The kind of job whose `model_dump` these values are: only volumes have a `voxel_size`, only cells a `crop_um`."""
+def recorded_model(values: dict[str, Any]) -> type[UnitJob]:
+    """The kind of job whose `model_dump` these values are: only volumes have a `voxel_size`, only cells a `crop_um`, only
+    segmentations a `checkpoint`."""
+    if "checkpoint" in values:
+        return SegmentCellsJob
     return ExtractVolumeJob if "voxel_size" in values else ExtractCellsJob if "crop_um" in values else ExtractImagesJob
 
 
-def recorded_job(values: dict[str, Any]) -> FeatureJob:
+def recorded_job(values: dict[str, Any]) -> UnitJob:
     """The job whose `model_dump` these values are (job.json, RunnerSpec)."""
     return recorded_model(values)(**values)
 
@@ -50,7 +54,8 @@ def build_job(model: type[Job], values: dict[str, Any]) -> Job:
         found = error.errors()
         unknown = any(e["type"] in ("extra_forbidden", "invalid_key") for e in found)
         todo = f"fields: {', '.join(model.model_fields)}" if unknown else \
-            getattr(model, "help_hint", f"`dinoray extract {getattr(model, 'command', 'images')} --help` explains each")
+            getattr(model, "help_hint", f"`dinoray {getattr(model, 'verb', 'extract')} {getattr(model, 'command', 'images')} "
+                    "--help` explains each")
         raise BadRequest("the job is not valid:\n  " + "\n  ".join(_plain(e, model) for e in found), todo=todo) from error
 
 

@@ -6,34 +6,16 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from dinoray.config.base import FeatureJob
+from dinoray.config.base import FeatureJob, UnitJob
 
 
-class ExtractJob(FeatureJob):
-    """What the jobs over collections of 2D images share."""
+class CollectionJob(UnitJob):
+    """What the jobs over collections of 2D images share: which images, read how, in which units."""
 
-    features: tuple[str, ...] = ("cls", "patch_mean")
-    """Which features; each kind of extraction says what it offers."""
-    layers: tuple[int, ...] | None = None
-    """0-based transformer layers; default the last one, without a suffix in the column names."""
-    channels: str = "auto"
-    """`auto`, `rgb`, `mean`, `each`, or groups of three: `NAME=a,b,c[;NAME2=d,e,f]`."""
-    scaling: Literal["plate", "image", "dtype"] = "plate"
-    """Percentiles per plate (or folder) and channel; per image; or the dtype's full range."""
     scaling_sample: int = Field(64, ge=1, le=100_000)
     """Images per plate (or folder) whose pixels fix the percentiles, chosen by the hash of their ids."""
-    contrast: Literal["none", "clahe"] = "none"
-    """Local contrast after scaling; `clahe` has tiles of fixed physical size anchored at the image origin."""
-    clahe_tile_px: int = Field(64, ge=8, le=4096)
-    """Side of a CLAHE tile in px, where `clahe_tile_um` is not given."""
-    clahe_tile_um: float | None = Field(None, gt=0)
-    """Side of a CLAHE tile in µm; needs the image's pixel size."""
-    clahe_clip: float = Field(2.0, gt=1)
-    """CLAHE clip limit as a multiple of the mean histogram height."""
     pixel_size_um: float | None = Field(None, gt=0)
     """Pixel size in µm where the files do not say it."""
-    vector_dtype: Literal["float32", "float16"] = "float32"
-    """Type of the vector columns; float16 is checked for overflow."""
     pattern: str = "auto"
     """File-name pattern: `auto`, `none`, a shipped name, or a regex with named groups."""
     where: dict[str, str] = Field(default_factory=dict)
@@ -52,6 +34,29 @@ class ExtractJob(FeatureJob):
     """Most bytes of files in a unit, by the listing."""
     prefetch_bytes: int = Field(1_000_000_000, ge=1)
     """Decoded bytes an actor may hold ahead of the device."""
+
+
+class ExtractJob(CollectionJob, FeatureJob):
+    """What the jobs that extract features of collections of 2D images share."""
+
+    features: tuple[str, ...] = ("cls", "patch_mean")
+    """Which features; each kind of extraction says what it offers."""
+    layers: tuple[int, ...] | None = None
+    """0-based transformer layers; default the last one, without a suffix in the column names."""
+    channels: str = "auto"
+    """`auto`, `rgb`, `mean`, `each`, or groups of three: `NAME=a,b,c[;NAME2=d,e,f]`."""
+    scaling: Literal["plate", "image", "dtype"] = "plate"
+    """Percentiles per plate (or folder) and channel; per image; or the dtype's full range."""
+    contrast: Literal["none", "clahe"] = "none"
+    """Local contrast after scaling; `clahe` has tiles of fixed physical size anchored at the image origin."""
+    clahe_tile_px: int = Field(64, ge=8, le=4096)
+    """Side of a CLAHE tile in px, where `clahe_tile_um` is not given."""
+    clahe_tile_um: float | None = Field(None, gt=0)
+    """Side of a CLAHE tile in µm; needs the image's pixel size."""
+    clahe_clip: float = Field(2.0, gt=1)
+    """CLAHE clip limit as a multiple of the mean histogram height."""
+    vector_dtype: Literal["float32", "float16"] = "float32"
+    """Type of the vector columns; float16 is checked for overflow."""
 
     @field_validator("features", mode="before")
     @classmethod

@@ -69,7 +69,7 @@ def check_limits(
     elif samples > limits.max_channels:
         what = f"{samples} channels; the limit is {limits.max_channels}"
     elif num_bytes > limits.max_bytes:
-        what = f"{num_bytes:,} bytes decoded; the limit is {limits.max_bytes:,}"
+        what = f"{num_bytes:,} bytes decoded; the limit is {limits.max_bytes:,} (--max-file-bytes)"
     else:
         return
     raise ItemError("too_large", f"the header declares {what}", where=uri)

@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 ROW_GROUP_BYTES = 64 * 2**20
 """Row groups are cut near this size so that readers can stream."""
+
+FOLDERS = ("features", "cells")
+"""Folders of tables that are looked for, in this order."""
 
 _FIXED = [
     ("item_id", pa.string()), ("uri", pa.string()), ("channel", pa.string()), ("tile", pa.int32()),
@@ -86,7 +90,12 @@ def write_table(columns: Mapping[str, Any], schema: pa.Schema) -> memoryview:
             arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(flat, field.type.value_type), type=field.type))
         else:
             arrays.append(pa.array(values, field.type))
-    table = pa.Table.from_arrays(arrays, schema=schema)
+    return encode_table(pa.Table.from_arrays(arrays, schema=schema))
+
+
+def encode_table(table: pa.Table) -> memoryview:
+    """One Parquet file (zstd) of a table; the same table gives the same bytes."""
+    schema = table.schema
     row_bytes = max(1, table.nbytes // max(1, table.num_rows))
     sink = io.BytesIO()
     # vectors do not repeat: a dictionary would only cost time; statistics of vectors help nobody
@@ -99,25 +108,34 @@ def write_table(columns: Mapping[str, Any], schema: pa.Schema) -> memoryview:
 
 
 class Features:
-    """An output folder read back: `open_features(OUT)`. Files of later generations (`part-<unit>.r1.parquet`, written by
+    """An output folder read back: `open_features(OUT)`. `folder`: which of its tables; by default `features` of an extraction,
+    `cells` of a segmentation. Files of later generations (`part-<unit>.r1.parquet`, written by
     `retry` and `extend`) belong to it; a `Metadata_*` column that only some of them have is null elsewhere."""
 
-    def __init__(self, url: str):
+    def __init__(self, url: str, folder: str | None = None):
         self.url = url
         if is_local(url):
-            folder, fs = str(local_path(url) / "features"), pyarrow.fs.LocalFileSystem()
+            base, fs = str(local_path(url)), pyarrow.fs.LocalFileSystem()
         else:
             remote, path = filesystem(url)
-            folder, fs = f"{path.rstrip('/')}/features", pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(remote))
+            base, fs = path.rstrip("/"), pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(remote))
+        found = [name for name in ((folder,) if folder else FOLDERS)
+                 if fs.get_file_info(f"{base}/{name}").type != pyarrow.fs.FileType.NotFound]
+        self.folder = found[0] if found else folder or FOLDERS[0]
         try:
-            dataset = ds.dataset(folder, format="parquet", filesystem=fs)
+            dataset = ds.dataset(f"{base}/{self.folder}", format="parquet", filesystem=fs)
             self.facts: dict[str, Any] = json.loads(dataset.schema.metadata[b"dinoray"])
         except (FileNotFoundError, KeyError, TypeError) as error:
-            raise BadRequest("there are no features here", where=f"{url}/features",
-                             todo="give the --out of a finished `dinoray extract`") from error
+            raise BadRequest(f"there are no {self.folder} here", where=f"{url}/{self.folder}",
+                             todo="give the --out of a finished `dinoray extract`, or of `dinoray segment`") from error
         fragments = list(dataset.get_fragments())
-        first = {_generation(f.path): f for f in reversed(fragments)}  # all files of a generation have one schema
-        schema = pa.unify_schemas([first[name].physical_schema for name in sorted(first)])
+        if self.folder == "cells":  # each file has the channels of its images
+            with ThreadPoolExecutor(8) as pool:
+                schemas = list(pool.map(lambda fragment: fragment.physical_schema, fragments))
+            schema = _feature_last(pa.unify_schemas(schemas))
+        else:
+            first = {_generation(f.path): f for f in reversed(fragments)}  # all files of a generation have one schema
+            schema = pa.unify_schemas([first[name].physical_schema for name in sorted(first)])
         self.dataset = ds.FileSystemDataset(fragments, schema.with_metadata(dataset.schema.metadata), dataset.format, fs)
 
     @property
@@ -170,6 +188,11 @@ class Features:
         return zarr.open_array(f"{base}/{safe_join(part + '.zarr', name)}", mode="r")[index]
 
 
+def _feature_last(schema: pa.Schema) -> pa.Schema:
+    """Columns that only later files have go before the vectors."""
+    return pa.schema(sorted(schema, key=lambda field: pa.types.is_fixed_size_list(field.type)))
+
+
 def _generation(path: str) -> int:
     """Which generation wrote a file, by its name: 0 for part-<unit>.parquet, 1 for part-<unit>.r1.parquet, ..."""
     found = re.search(r"\.r(\d+)\.parquet$", path)
@@ -177,7 +200,8 @@ def _generation(path: str) -> int:
 
 
 def open_features(url: str | os.PathLike[str]) -> Features | VolumeFeatures:
-    """Open the features that a run wrote to `url` (folder or fsspec URL): of images or cells as tables, of a volume by boxes.
+    """Open the features that a run wrote to `url` (folder or fsspec URL): of images or cells as tables (of a segmentation the
+    table of its cells), of a volume by boxes.
 
     Raises BadRequest when there are none.
     """

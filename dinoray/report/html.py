@@ -27,6 +27,7 @@ from dinoray.report.plates import read_plates
 from dinoray.report.quarantine import plates_by_loss, quarantine_reasons
 from dinoray.report.run import Run, open_for_report
 from dinoray.report.sample import Sample, read_sample
+from dinoray.report.segmentation_page import render_segmentation
 from dinoray.report.training_page import render_training
 from dinoray.report.training_records import is_training
 from dinoray.report.volume_page import render_volume
@@ -61,6 +62,8 @@ def render(run: Run) -> str:
     """The page's text."""
     if run.is_volume:
         return render_volume(run)
+    if run.is_segmentation:
+        return render_segmentation(run)
     sample = read_sample(run)
     gallery = build_gallery(run, sample)
     losses = plates_by_loss(run)

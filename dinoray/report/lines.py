@@ -46,10 +46,11 @@ def chart(title: str, lines: Sequence[Series], *, log: bool = False, from_zero: 
     values = np.concatenate([np.asarray(line.y) for line in cleaned])
     steps = np.concatenate([np.asarray(line.x) for line in cleaned])
     logarithmic = log and values.min() > 0 and values.max() / values.min() > DECADES
-    ticks = _log_ticks(*_ends(values)) if logarithmic else _ticks(0.0 if from_zero else float(values.min()), float(values.max()))
-    low, high = (min(ticks[0], float(values.min())), max(ticks[-1], float(values.max())))
-    x_ticks = [tick for tick in _ticks(0.0, max(1.0, float(steps.max()))) if tick == round(tick) and tick <= max(1.0, steps.max())]
+    least, most = float(values.min()), float(values.max())
+    ticks = log_ticks(least, most) if logarithmic else round_ticks(0.0 if from_zero else least, most)
+    low, high = min(ticks[0], least), max(ticks[-1], most)
     last = max(1.0, float(steps.max()))
+    x_ticks = [tick for tick in round_ticks(0.0, last) if tick == round(tick) and tick <= last]
 
     def place(x: float, y: float) -> tuple[float, float]:
         share = math.log(y / low) / math.log(high / low) if logarithmic else (y - low) / (high - low)
@@ -78,11 +79,7 @@ def _finite(line: Series) -> Series:
     return Series(line.label, line.colour, [x for x, _ in good], [y for _, y in good], line.dashed)
 
 
-def _ends(values: np.ndarray) -> tuple[float, float]:
-    return float(values.min()), float(values.max())
-
-
-def _ticks(low: float, high: float) -> list[float]:
+def round_ticks(low: float, high: float) -> list[float]:
     """3 to 7 round numbers that enclose [low, high]."""
     if high <= low:
         low, high = (low - abs(low) / 2, high + abs(high) / 2) if low else (0.0, 1.0)
@@ -93,9 +90,14 @@ def _ticks(low: float, high: float) -> list[float]:
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
-def _log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten that enclose [low, high], at most about seven."""
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers that enclose [low, high], at most about eight: 1, 2, 5, 10, ... or powers of ten."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    fine = [m * 10.0 ** power for power in range(first, last + 1) for m in (1, 2, 5)]
+    below, above = max(t for t in fine if t <= low * (1 + 1e-9)), min(t for t in fine if t >= high * (1 - 1e-9))
+    fine = [round(t, 12) if t > 1e-9 else t for t in fine if below <= t <= above]
+    if 2 <= len(fine) <= 8:
+        return fine
     step = max(1, math.ceil((last - first) / 6))
     return [10.0 ** power for power in range(first, last + step, step)]
 

@@ -1,7 +1,7 @@
 """Outlines of cells as small transparent pictures that lie over a picture of the image.
 
-Labels are first brought to the size that is shown (nearest pixel centre) and outlined there: every outline is one pixel of
-the screen wide, and no thin line is lost by shrinking. The outlines are PNG with a palette: crisp, and a few kB each.
+Labels are first brought to the size that is shown (nearest pixel centre) and outlined there: outlines are of one width,
+whatever the image's size, and no thin line is lost by shrinking. The outlines are PNG with a palette: crisp, and a few kB each.
 """
 
 from __future__ import annotations
@@ -77,10 +77,15 @@ def hues(labels: np.ndarray) -> np.ndarray:
     return colours[places]
 
 
-def cell_outlines(labels: np.ndarray, height: int, width: int) -> Markup:
-    """Data URI of the cells' outlines at [height, width] px, each cell in another colour than those it touches."""
+def cell_outlines(labels: np.ndarray, height: int, width: int, *, thickness: int = 1) -> Markup:
+    """Data URI of the cells' outlines at [height, width] px, each cell in another colour than those it touches.
+
+    `thickness` in px, inwards: above 1 for pictures that the page shows smaller than they are."""
     shown = resized_labels(labels, height, width)
-    return _png(np.where(boundaries(shown), hues(shown) + 1, 0), palette())
+    lines = boundaries(shown)
+    for _ in range(thickness - 1):
+        lines |= boundaries(np.where(lines, 0, shown))
+    return _png(np.where(lines, hues(shown) + 1, 0), palette())
 
 
 def filled_cells(labels: np.ndarray, height: int, width: int) -> Markup:

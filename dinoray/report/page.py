@@ -31,6 +31,11 @@ IMAGES = Wording("image", (
     ("read", "Read", "files from storage", "decode"), ("decode", "Decode", "bytes to pixels", "decode"),
     ("prepare", "Prepare", "check, cut tiles, measure quality", "decode"), ("compute", "Compute", "pixels to features", "compute"),
     ("write", "Write", "store, commit", "write")))
+CELLS = Wording("image", (
+    ("read", "Read", "files from storage", "decode"), ("decode", "Decode", "bytes to pixels", "decode"),
+    ("prepare", "Prepare", "check, choose the channel, resample, cut windows", "decode"),
+    ("compute", "Compute", "windows to distance maps", "compute"),
+    ("cells", "Cells", "blend, watershed, measure, store masks", "cells"), ("write", "Write", "store tables, commit", "write")))
 VOLUMES = Wording("slab", (
     ("read", "Read", "chunks from storage, decoded", "decode"),
     ("prepare", "Prepare", "check, slices at the target's pitch", "decode"),
@@ -86,10 +91,11 @@ def stage_facts(run: Run, wording: Wording) -> dict[str, Any]:
     workers = [{"name": f"{host} · {pid}", "units": worker.units, "items": worker.items,
                 "rate": worker.items / worker.wall if worker.wall else 0.0}
                for (host, pid), worker in totals.workers.items()]
-    titles = (("decode", f"waiting for {wording.noun}s"), ("compute", "waiting for compute"), ("write", "storing"),
+    titles = (("decode", f"waiting for {wording.noun}s"), ("compute", "waiting for compute"),
+              ("cells", "waiting for cells"), ("write", "storing"),
               (LOOP, "gathering, packing"))
     return {"rows": rows, "verdict": verdict(totals, run.job["job"], device=device), "wall": wall,
-            "parts": [(name, title, shares[name]) for name, title in titles if shares], "noun": wording.noun,
+            "parts": [(name, title, shares[name]) for name, title in titles if name in shares], "noun": wording.noun,
             "workers": workers[:WORKERS_SHOWN], "num_workers": len(workers),
             "num_hosts": len({host for host, _ in totals.workers}), "rate": _rate(totals)}
 

@@ -29,7 +29,7 @@ TITLED_WELLS = 24_000
 """Up to so many wells each says its value where the pointer rests."""
 TITLES = {"focus": "focus (sharpness)", "p50": "median intensity", "p999": "bright end (99.9th percentile)",
           "frac_saturated": "saturated share", "rows": "rows", "sites": "sites", "images": "images",
-          "quarantined": "quarantined images", "cells": "cells"}
+          "quarantined": "quarantined images", "cells": "cells", "cells_per_image": "cells per image"}
 
 
 @dataclass
@@ -97,10 +97,13 @@ def _counts(plates: Plates) -> Iterable[tuple[str, Callable[[Well], float]]]:
     def seen(value: Callable[[Well], int]) -> Callable[[Well], float]:
         return lambda well: value(well) if well.rows else float("nan")
 
-    yield "rows", seen(lambda well: well.rows)
+    if not plates.rows_are_images:
+        yield "rows", seen(lambda well: well.rows)
     yield ("sites", seen(lambda well: len(well.sites))) if plates.has_sites else ("images", seen(lambda well: well.images))
     if plates.has_cells:
         yield "cells", seen(lambda well: well.cells)
+    if plates.rows_are_images:
+        yield "cells_per_image", lambda well: well.cells / well.images if well.images else float("nan")
     yield "quarantined", lambda well: well.quarantined if well.planned else float("nan")
 
 

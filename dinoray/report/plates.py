@@ -99,6 +99,8 @@ class Plates:
     num_looked_at: int = 0
     has_sites: bool = False
     has_cells: bool = False
+    rows_are_images: bool = False
+    """Whether the tables have a row for each image with its number of cells, not for each cell or tile."""
     problem: str = ""
     """Why there are none, as a sentence."""
 
@@ -159,7 +161,7 @@ def _add_part(run: Run, part: Part, found: dict[Key, PlateData], result: Plates)
         with run.store.open(part.key) as file:
             parquet = pq.ParquetFile(file)
             names = parquet.schema_arrow.names
-            columns = [*PLATE_COLUMNS, "Metadata_Well", "Metadata_Site", "item_id", "channel", "object_id", *METRICS]
+            columns = [*PLATE_COLUMNS, "Metadata_Well", "Metadata_Site", "item_id", "channel", "object_id", "num_cells", *METRICS]
             columns = [name for name in columns if name in names]
             if "Metadata_Well" not in names or "Metadata_Plate" not in names:
                 return
@@ -168,22 +170,24 @@ def _add_part(run: Run, part: Part, found: dict[Key, PlateData], result: Plates)
         raise OutputDamaged(f"features cannot be read: {error}", where=f"{run.store.url}/{part.key}",
                             todo="see `dinoray verify`, then run the extraction again") from error
     result.has_sites |= "Metadata_Site" in columns
-    result.has_cells |= "object_id" in columns
+    result.has_cells |= "object_id" in columns or "num_cells" in columns
+    result.rows_are_images |= "num_cells" in columns
     for metric in METRICS:  # NaN is no value
         values = table[metric]
         table = table.set_column(table.column_names.index(metric), metric,
                                  pc.if_else(pc.is_finite(values), values, pa.scalar(None, values.type)))
     keys = [name for name in (*PLATE_COLUMNS, "Metadata_Well") if name in columns]
     asked = [("item_id", "count"), ("item_id", "count_distinct")] + ([("object_id", "count")] if "object_id" in columns else [])
+    asked += [("num_cells", "sum")] if "num_cells" in columns else []
     asked += [(metric, how) for metric in METRICS for how in ("sum", "count")]
     for row in table.group_by([*keys, "channel"]).aggregate(asked).to_pylist():
         plate, place = _plate_of(row, found), parse_well(row["Metadata_Well"])
         if place is None:
             plate.misplaced += row["item_id_count"]
             continue
-        plate.well(place).add(row["channel"], row["item_id_count"], row["item_id_count_distinct"],
-                              row.get("object_id_count", 0), np.array([row[f"{m}_sum"] or 0.0 for m in METRICS]),
-                              np.array([row[f"{m}_count"] for m in METRICS]))
+        cells = row.get("object_id_count") or row.get("num_cells_sum") or 0
+        plate.well(place).add(row["channel"], row["item_id_count"], row["item_id_count_distinct"], cells,
+                              np.array([row[f"{m}_sum"] or 0.0 for m in METRICS]), np.array([row[f"{m}_count"] for m in METRICS]))
     if "Metadata_Site" in columns:
         for row in table.group_by([*keys, "Metadata_Site"]).aggregate([]).to_pylist():
             place = parse_well(row["Metadata_Well"])

@@ -32,6 +32,7 @@ TODO = {
                   "use `--scaling image`.",
     "pixel_size": "A size in µm needs the pixel size: give `--pixel-size-um`.",
     "nonfinite": "The features came out as NaN or infinity: use `--precision float32`.",
+    "scale": "Too far from the scale of the model's training: give the cells' size by `--diameter-px`, or `--pixel-size-um`.",
     "overflow": "Features beyond float16: use float32 for `--vector-dtype` or `--dense-dtype`.",
     "device_memory": "One image is too large for the device: `--size tiles`, or a smaller `--tile-px`.",
     "no_pixel_size": "A crop in µm needs the pixel size: give `--pixel-size-um`.",

@@ -23,7 +23,7 @@ from dinoray.ledger import Tally
 from dinoray.report.stages import StageTotals
 from dinoray.report.volume_totals import VolumeTotals
 from dinoray.units import Plan
-from dinoray.verification import open_run
+from dinoray.verification import TABLES, open_run
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,8 @@ class Run:
     tally: Tally = field(default_factory=Tally)
     stages: StageTotals = field(default_factory=StageTotals)
     parts: list[Part] = field(default_factory=list)
+    image_parts: list[Part] = field(default_factory=list)
+    """Of a segmentation: the tables of images, whose rows are images."""
     row_items: int = 0
     verified: bool = False
     restarted_units: int = 0
@@ -71,6 +73,11 @@ class Run:
     def is_volume(self) -> bool:
         """Whether this is a run over a volume, not over images."""
         return self.volume is not None
+
+    @property
+    def is_segmentation(self) -> bool:
+        """Whether this is a run of `dinoray segment cells`."""
+        return self.plan.facts.get("kind") == "cell-masks"
 
     @property
     def num_units(self) -> int:
@@ -141,7 +148,7 @@ def open_for_report(out: str) -> Run:
     run = Run(store, generations(store), _read_job(store))
     if run.plan.facts.get("kind") == "volume":
         run.volume = _volume_totals(run)
-    elif "features" not in run.settings:
+    elif "features" not in run.settings and not run.is_segmentation:
         raise BadRequest("there is no report for this kind of run yet", where=out, todo="see `dinoray status`")
     for position, part in enumerate(run.generations):
         done = part.ledger.done()
@@ -154,7 +161,9 @@ def open_for_report(out: str) -> Run:
             if receipt.quarantined:
                 run.quarantine_units.add((position, receipt.number))
             run.parts += [Part(receipt.number, stored.key, receipt.rows, receipt.plate, position)
-                          for stored in receipt.objects if stored.key.startswith("features/") and receipt.rows]
+                          for stored in receipt.objects if stored.key.startswith(TABLES) and receipt.rows]
+            run.image_parts += [Part(receipt.number, stored.key, receipt.row_items + len(receipt.without_objects), receipt.plate,
+                                     position) for stored in receipt.objects if stored.key.startswith("images/")]
         run.restarted_units += sum(count > 1 for count in part.ledger.attempts().values())
     run.verified = run.tally.units == run.num_units and store.exists("_SUCCESS")
     return run

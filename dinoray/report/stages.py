@@ -16,9 +16,9 @@ from typing import Any
 
 from dinoray.ledger import Receipt
 
-DECODE, COMPUTE, WRITE, LOOP, UNITS = "decode", "compute", "write", "loop", "units"
-_WORK = ("read", "decode", "prepare", "compute", "write")
-_WAITS = ("wait_decode", "wait_compute", "wait_write")
+DECODE, COMPUTE, CELLS, WRITE, LOOP, UNITS = "decode", "compute", "cells", "write", "loop", "units"
+_WORK = ("read", "decode", "prepare", "compute", "cells", "write")
+_WAITS = ("wait_decode", "wait_compute", "wait_cells", "wait_write")
 _CLOSE = 0.75
 """A runner-up with this share of the largest part is named too."""
 _ENOUGH_S = 1.0
@@ -113,12 +113,15 @@ class StageTotals:
         return None if longest <= 0 else (self.items / longest, self.items / max(shortest, 1e-9))
 
     def loop_parts(self) -> dict[str, float]:
-        """Where the unit loops' wall went, as shares of it (sum 1): decode, compute, write, loop (the rest)."""
+        """Where the unit loops' wall went, as shares of it (sum 1): decode, compute, cells (of a segmentation), write, loop (the
+        rest)."""
         wall = self.get("wall")
         if wall <= 0:
             return {}
         parts = {DECODE: self.get("wait_decode"), COMPUTE: self.get("wait_compute"),
                  WRITE: self.get("wait_write") + self.get("write")}
+        if "wait_cells" in self.seconds:
+            parts = {DECODE: parts[DECODE], COMPUTE: parts[COMPUTE], CELLS: self.get("wait_cells"), WRITE: parts[WRITE]}
         scale = max(wall, sum(parts.values()))
         return {**{name: value / scale for name, value in parts.items()}, LOOP: 1 - sum(parts.values()) / scale}
 
@@ -146,14 +149,15 @@ def verdict(totals: StageTotals, job: dict[str, Any], *, device: str) -> Verdict
     reasons = {
         DECODE: f"the unit loop waited {parts[DECODE]:.0%} of its time for {noun} to be read and decoded",
         COMPUTE: f"the unit loop waited {parts[COMPUTE]:.0%} of its time for the {_device(device)}",
+        CELLS: f"the unit loop waited {parts.get(CELLS, 0):.0%} of its time for cells to be cut out of maps and measured",
         WRITE: f"{parts[WRITE]:.0%} of the units' time went into storing results",
         LOOP: f"the unit loop itself (gathering batches, packing results) took {parts[LOOP]:.0%} of the time",
     }
-    names = {DECODE: _feeding(totals), COMPUTE: "Computing", WRITE: "Writing", LOOP: "The unit loop"}
+    names = {DECODE: _feeding(totals), COMPUTE: "Computing", CELLS: "The watershed", WRITE: "Writing", LOOP: "The unit loop"}
     sentence = f"{names[limit]} limits this run: {reasons[limit]}."
     if parts[second] >= _CLOSE * parts[limit]:
         sentence += f" It is nearly balanced: {reasons[second]}."
-    advice = {DECODE: _feed_advice, COMPUTE: _compute_advice, WRITE: _write_advice, LOOP: _loop_advice}
+    advice = {DECODE: _feed_advice, COMPUTE: _compute_advice, CELLS: _cells_advice, WRITE: _write_advice, LOOP: _loop_advice}
     return Verdict(limit, sentence, advice[limit](totals, job, device))
 
 
@@ -212,10 +216,18 @@ def _compute_advice(totals: StageTotals, job: dict[str, Any], device: str) -> st
     return "Nothing: the GPU is kept busy, which is as it should be. `--workers N` with more GPUs ends sooner."
 
 
+def _cells_advice(totals: StageTotals, job: dict[str, Any], device: str) -> str:
+    del device
+    now = job.get("decode_threads") or 1
+    enough = math.ceil(totals.get("cells") / max(totals.get("wall") - totals.get("wait_cells"), totals.get("wall") / 20))
+    return (f"`--decode-threads {min(MAX_THREADS, max(enough, now + 1))}`: as many threads cut out and measure cells, on cores of "
+            "their own if there are some; else `--workers N` on more machines.")
+
+
 def _write_advice(totals: StageTotals, job: dict[str, Any], device: str) -> str:
     del device
     if _units_are_tiny(totals, job):
-        return "`--unit-items 256` (the default) with a new `--out`: fewer, larger objects to store."
+        return f"{_larger_units(job)} with a new `--out`: fewer, larger objects to store."
     if totals.dense_bytes > totals.table_bytes:
         share = totals.dense_bytes / (totals.dense_bytes + totals.table_bytes)
         if job.get("dense_dtype") == "float32":
@@ -230,10 +242,14 @@ def _write_advice(totals: StageTotals, job: dict[str, Any], device: str) -> str:
     return "`--out` on storage nearer to the workers, or more workers that store at the same time (`--workers N`)."
 
 
+def _larger_units(job: dict[str, Any]) -> str:
+    return "A larger `--unit-items` (128)" if "checkpoint" in job else "`--unit-items 256` (the default)"
+
+
 def _loop_advice(totals: StageTotals, job: dict[str, Any], device: str) -> str:
     del device
     if _units_are_tiny(totals, job):
-        return "`--unit-items 256` (the default) with a new `--out`: units this small cost more to begin and end than to do."
+        return f"{_larger_units(job)} with a new `--out`: units this small cost more to begin and end than to do."
     if totals.dense_bytes > totals.table_bytes and not _of_volume(job):
         return "Leave `patches` out of `--features` (new `--out`) if you can: packing patch grids is most of this work."
     return "`--workers N`: more workers do this side by side."

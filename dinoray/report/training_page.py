@@ -40,7 +40,7 @@ def _head(found: Training) -> dict[str, Any]:
     job, progress, record = found.job, found.progress, found.record
     speeds = found.values("samples_per_s")[1]
     step, steps = int(progress.get("step", 0)), int(progress.get("steps", job.steps))
-    settings = [(name, _text(value)) for name, value in found.changed_settings()]
+    settings = [(name, _text(value)) for name, value in found.changed_settings() if name not in ("device", "precision")]
     backbone = "frozen" if job.backbone_learning_rate is None else "trained with the decoder"
     return {"kind": "distance maps of cells", "model": record.identity.model, "backbone": backbone,
             "weights": job.weights or "official", "from_scratch": (job.weights or "").startswith("random"),
@@ -139,7 +139,8 @@ def _picture(one: Example) -> dict[str, Any]:
     part = "" if one.image_shape == (height, width) else \
         f"part at x {one.origin[1]:,}, y {one.origin[0]:,} of {one.image_shape[1]:,} × {one.image_shape[0]:,} px"
     return {"image_id": one.image_id, "why": one.why, "ap": f"{one.ap50:.3f}", "truth": true_cells, "pred": found_cells,
-            "size": f"{width:,} × {height:,} px", "part": part, "image": _enlarged(np.moveaxis(one.pixels, 0, -1), shown),
+            "size": f"{width:,} × {height:,} px", "part": part, "aspect": f"{width} / {height}",
+            "image": _enlarged(np.moveaxis(one.pixels, 0, -1), shown),
             "target": _map(one.target, shown), "predicted": _map(one.predicted, shown),
             "outlines": outlines.compared_outlines(one.cells, one.labels, *shown)}
 

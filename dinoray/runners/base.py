@@ -91,6 +91,8 @@ class UnitRunner:
 
     point = "unit"
     """First part of the names of its failpoints."""
+    finishes_items = False
+    """Whether the last part of a unit's work still computes something of single items, and so belongs to a trial of one."""
 
     def __init__(self, plan: Plan, ledger: Ledger, *, decode_threads: int, prefetch_bytes: int):
         self.plan, self.ledger = plan, ledger
@@ -172,7 +174,9 @@ class UnitRunner:
         one = Unit(unit.number, unit.id, (unit.items[position],))
         kept, self.ledger = self.ledger, _DryLedger(self.ledger.store, self.ledger.prefix)
         try:
-            self.process(one, [self._load(one, one.items[0])], self._new_receipt(one, 0))
+            finish = self.process(one, [self._load(one, one.items[0])], self._new_receipt(one, 0))
+            if self.finishes_items:
+                finish()
         finally:
             self.ledger = kept
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from dinoray.config import recorded_job
 from dinoray.errors import BadRequest, OutputDamaged, WeightsError
 from dinoray.io.images import Limits
-from dinoray.io.stores import LocalStore, open_store, safe_join
+from dinoray.io.stores import LocalStore, Store, open_store, safe_join
 from dinoray.ledger import Ledger
 from dinoray.runners.base import Runner, UnitRunner
 from dinoray.units import Plan
@@ -29,8 +29,8 @@ MIN_ITEM_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True)
 class RunnerSpec:
-    """`kind` is `image-features`, `cell-features`, `volume-features`, `statistics`, `volume-statistics` or `null` (reads
-    nothing, writes a receipt: for benchmarks; its `job` holds `sleep_s`)."""
+    """`kind` is `image-features`, `cell-features`, `cell-masks`, `volume-features`, `statistics`, `volume-statistics` or `null`
+    (reads nothing, writes a receipt: for benchmarks; its `job` holds `sleep_s`)."""
 
     kind: str
     out: str
@@ -43,9 +43,9 @@ class RunnerSpec:
     compute_threads: int = 1
 
 
-def build_runner(spec: RunnerSpec, backbone: Any = None) -> Runner:
-    """Build a runner in this process. `backbone` saves loading where the caller holds it already."""
-    runner = _build(spec, backbone)
+def build_runner(spec: RunnerSpec, loaded: Any = None) -> Runner:
+    """Build a runner in this process. `loaded` (Resolved.loaded) saves loading where the caller holds the model already."""
+    runner = _build(spec, loaded)
     if isinstance(runner, UnitRunner):
         from dinoray.runners.isolation import run_isolated
 
@@ -54,7 +54,7 @@ def build_runner(spec: RunnerSpec, backbone: Any = None) -> Runner:
     return runner
 
 
-def _build(spec: RunnerSpec, backbone: Any) -> Runner:
+def _build(spec: RunnerSpec, loaded: Any) -> Runner:
     store = open_store(spec.out)
     plan, ledger = Plan(store, spec.prefix), Ledger(store, spec.prefix)
     if spec.kind == "null":
@@ -69,29 +69,36 @@ def _build(spec: RunnerSpec, backbone: Any) -> Runner:
         return StatisticsRunner(plan, ledger, limits=limits, z_projection=job.z_projection,
                                 decode_threads=spec.decode_threads, prefetch_bytes=job.prefetch_bytes)
     if spec.kind in ("volume-features", "volume-statistics"):
-        return _build_volume(spec, job, plan, ledger, backbone)
+        return _build_volume(spec, job, plan, ledger, loaded)
+    scaling = _scaling(store, spec.prefix) if job.scaling == "plate" else None
+    threads = {"decode_threads": spec.decode_threads, "compute_threads": spec.compute_threads}
+    if spec.kind == "cell-masks":
+        from dinoray.runners.cell_masks import CellMaskRunner
+
+        model, config = loaded or _load_segmenter(spec, plan.facts["numerics"])
+        return CellMaskRunner(job, plan, ledger, model, config, scaling=scaling, **threads)
     if spec.kind not in ("image-features", "cell-features"):
-        raise BadRequest(f"no runner is called {spec.kind!r}",
-                         todo="use image-features, cell-features, volume-features, statistics, volume-statistics or null")
+        raise BadRequest(f"no runner is called {spec.kind!r}", todo="use image-features, cell-features, cell-masks, "
+                         "volume-features, statistics, volume-statistics or null")
     from dinoray.runners.cell_features import CellFeatureRunner
     from dinoray.runners.image_features import ImageFeatureRunner
+
+    make = CellFeatureRunner if spec.kind == "cell-features" else ImageFeatureRunner
+    return make(job, plan, ledger, loaded or _load(spec, plan.facts["numerics"]), scaling=scaling, **threads)
+
+
+def _scaling(store: Store, prefix: str) -> dict[str, dict[str, tuple[float, float]]]:
+    """The intensity scaling that was fixed before the plan was sealed."""
     from dinoray.runners.statistics import read_scaling
 
-    scaling = None
-    if job.scaling == "plate":
-        key = f"{spec.prefix}/plan/scaling.parquet"
-        if not store.exists(key):
-            raise OutputDamaged("the intensity scaling of the plan is missing", where=f"{store.url}/{key}",
-                                todo="restore it from a copy, or use a new --out")
-        scaling = read_scaling(pq.read_table(io.BytesIO(store.get(key))))
-    if backbone is None:
-        backbone = _load(spec, plan.facts["numerics"])
-    make = CellFeatureRunner if spec.kind == "cell-features" else ImageFeatureRunner
-    return make(job, plan, ledger, backbone, scaling=scaling, decode_threads=spec.decode_threads,
-                compute_threads=spec.compute_threads)
+    key = f"{prefix}/plan/scaling.parquet"
+    if not store.exists(key):
+        raise OutputDamaged("the intensity scaling of the plan is missing", where=f"{store.url}/{key}",
+                            todo="restore it from a copy, or use a new --out")
+    return read_scaling(pq.read_table(io.BytesIO(store.get(key))))
 
 
-def _build_volume(spec: RunnerSpec, job: Any, plan: Plan, ledger: Ledger, backbone: Any) -> Runner:
+def _build_volume(spec: RunnerSpec, job: Any, plan: Plan, ledger: Ledger, loaded: Any) -> Runner:
     from dinoray.volume_inputs import open_source
 
     if spec.kind == "volume-statistics":
@@ -101,8 +108,7 @@ def _build_volume(spec: RunnerSpec, job: Any, plan: Plan, ledger: Ledger, backbo
                                       prefetch_bytes=job.memory_bytes // 4)
     from dinoray.runners.volume_features import VolumeFeatureRunner
 
-    if backbone is None:
-        backbone = _load(spec, plan.facts["numerics"])
+    backbone = loaded or _load(spec, plan.facts["numerics"])
     return VolumeFeatureRunner(job, plan, ledger, backbone, volume=open_source(job), decode_threads=spec.decode_threads,
                                compute_threads=spec.compute_threads)
 
@@ -122,6 +128,22 @@ def _load(spec: RunnerSpec, numerics: dict[str, Any]) -> Any:
         raise WeightsError(f"the staged weights have digest {backbone.digest[:16]}, the plan has {spec.digest[:16]}",
                            where=spec.weights or "", todo="delete the staged weights and run again")
     return backbone
+
+
+def _load_segmenter(spec: RunnerSpec, numerics: dict[str, Any]) -> Any:
+    """The checkpoint's (model, config) that an actor computes with. Raises WeightsError when its digest is not the plan's."""
+    import torch
+
+    from dinoray.vision.distance_model import load_segmenter
+
+    url = spec.weights if spec.weights is not None else spec.job["checkpoint"]
+    model, config = load_segmenter(url, weights=spec.job["weights"] if spec.weights is None else None,
+                                   dtype=getattr(torch, numerics["precision"]), device=numerics["device"],
+                                   accept_license=bool(spec.job.get("accept_dinov3_license")))
+    if config.weights_digest != spec.digest:
+        raise WeightsError(f"the checkpoint has digest {config.weights_digest[:16]}, the plan has {spec.digest[:16]}", where=url,
+                           todo="delete the staged weights and run again" if spec.weights else "give the checkpoint as it was")
+    return model, config
 
 
 def _local_copy(url: str) -> Path:

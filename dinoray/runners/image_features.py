@@ -7,14 +7,11 @@ once, each on one thread), and the rows are written in plan order.
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
@@ -25,29 +22,23 @@ from dinoray.errors import ItemError
 from dinoray.io.feature_maps import DenseWriter
 from dinoray.io.images import DecodedImage, Limits, load_item
 from dinoray.io.items import Item
-from dinoray.io.stores import safe_join
+from dinoray.io.object_names import plate_folder
 from dinoray.io.tables import as_vector_dtype, dense_columns, feature_schema, write_table
 from dinoray.ledger import Ledger, Receipt
-from dinoray.memory.meter import cpu_vendor
 from dinoray.runners.base import Finish, Loaded, UnitRunner
 from dinoray.runners.compute import ComputePool
+from dinoray.runners.gathering import Gathering
+from dinoray.runners.numerics import used_numerics
+from dinoray.runners.quarantining import quarantine
 from dinoray.units import Plan, Unit
 from dinoray.vision import intensity
 from dinoray.vision.backbone import Backbone
 from dinoray.vision.extractor import Crop, Extractor, column_names
-from dinoray.vision.kernels import onednn_ready
 from dinoray.vision.quality import check_pixels, quality
 from dinoray.vision.tiling import windows
 
-WAITING_BYTES = 256 * 2**20
-"""Crops of many different shapes may wait for company up to this; then the largest group goes as it is. Only the
-order of the plan decides when, so it changes no byte from run to run."""
 PUTS_IN_FLIGHT = 3
 """Dense shards that may wait to be stored, per unit."""
-
-
-MAX_FOLDER = 200
-"""Characters of a plate's folder; file systems allow 255 bytes."""
 
 
 @dataclass
@@ -77,10 +68,6 @@ class _UnitState:
     rows: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     """Item position -> its rows, features filled in as batches finish."""
     bad: dict[int, ItemError] = field(default_factory=dict)
-    waiting: dict[tuple, list[tuple[int, int, Crop]]] = field(default_factory=dict)
-    """Crops by key that are not a whole micro-batch yet."""
-    waiting_bytes: int = 0
-    running: deque[tuple[list[tuple[int, int, Crop]], Future]] = field(default_factory=deque)
 
 
 @dataclass(frozen=True)
@@ -192,7 +179,7 @@ class ImageFeatureRunner(UnitRunner):
         seconds = dict.fromkeys(("read", "decode", "prepare", "wait_decode", "compute", "wait_compute", "wait_write", "write"), 0.0)
         receipt.seconds = seconds
         receipt.worker |= {"decode_threads": self.decode_threads, "compute_threads": self.compute_threads}
-        part = f"dense/{_folder(unit.plate)}part-{unit.id}{self.plan.suffix}.zarr"
+        part = f"dense/{plate_folder(unit.plate)}part-{unit.id}{self.plan.suffix}.zarr"
         puts: list[Future] = []
 
         def put(key: str, data: bytes | memoryview) -> None:
@@ -204,6 +191,9 @@ class ImageFeatureRunner(UnitRunner):
 
         dense = DenseWriter(part, put, dtype=self.job.dense_dtype if self.dense_columns else "float16",
                             attributes={"dinoray": self.plan.facts["described"]})
+        batches = Gathering(
+            self._compute, self.extractor.extract, full=lambda crop: self.extractor.micro_batch(*crop.pixels.shape[1:]),
+            take=lambda owners, result: self._take(state, owners, result, dense, part), seconds=seconds)
         entries = iter(loaded)
         for position in range(len(unit.items)):
             began = time.monotonic()
@@ -218,17 +208,14 @@ class ImageFeatureRunner(UnitRunner):
             try:
                 for number, row in enumerate(prepared.rows):
                     rows.append(row.values)
-                    self._gather(state, position, number, row.crop, dense, part, seconds)
+                    batches.add((position, number), row.crop)
                     row.crop = None
             except ItemError as error:  # of rows that are made as they are read
                 state.bad[position] = error
             for stage in ("read", "decode", "prepare"):
                 seconds[stage] += getattr(prepared, f"{stage}_s")
-        for key in list(state.waiting):
-            self._launch(state, key)
-        while state.running:
-            self._collect(state, dense, part, seconds)
-        receipt.numerics = self._used_numerics(degraded=self.extractor.split_batches > split_before)
+        batches.finish()
+        receipt.numerics = used_numerics(self.extractor.device, self.numerics, degraded=self.extractor.split_batches > split_before)
         if self.on_cuda:
             receipt.memory["device_peak"] = torch.cuda.max_memory_allocated()
 
@@ -241,39 +228,11 @@ class ImageFeatureRunner(UnitRunner):
 
         return finish
 
-    def _gather(self, state: _UnitState, position: int, number: int, crop: Crop, dense: DenseWriter, part: str,
-                seconds: dict[str, float]) -> None:
-        group = state.waiting.setdefault(crop.key, [])
-        group.append((position, number, crop))
-        state.waiting_bytes += crop.nbytes
-        full = len(group) == self.extractor.micro_batch(*crop.pixels.shape[1:])
-        if full or state.waiting_bytes > WAITING_BYTES:
-            key = crop.key if full else max(state.waiting, key=lambda k: sum(c.nbytes for _, _, c in state.waiting[k]))
-            while len(state.running) > self.compute_threads:  # one batch ready behind each running one
-                self._collect(state, dense, part, seconds)
-            self._launch(state, key)
-
-    def _launch(self, state: _UnitState, key: tuple) -> None:
-        group = state.waiting.pop(key)
-        state.waiting_bytes -= sum(crop.nbytes for _, _, crop in group)
-        state.running.append((group, self._compute.submit(self._timed_extract, [crop for _, _, crop in group])))
-
-    def _timed_extract(self, crops: list[Crop]) -> tuple[dict[str, np.ndarray] | ItemError, float]:
-        began = time.monotonic()
-        try:
-            return self.extractor.extract(crops), time.monotonic() - began
-        except ItemError as error:  # one crop is too large for the device: its image is at fault, not the run
-            return error, time.monotonic() - began
-
-    def _collect(self, state: _UnitState, dense: DenseWriter, part: str, seconds: dict[str, float]) -> None:
-        """Take the oldest batch's features into its rows; batches end in the order they began."""
+    def _take(self, state: _UnitState, owners: Sequence[tuple[int, int]], result: dict[str, np.ndarray] | ItemError,
+              dense: DenseWriter, part: str) -> None:
+        """Put a batch's features into its rows."""
         self.beats += 1
-        group, future = state.running.popleft()
-        began = time.monotonic()
-        result, compute_s = future.result()
-        seconds["wait_compute"] += time.monotonic() - began
-        seconds["compute"] += compute_s
-        for i, (position, number, _) in enumerate(group):
+        for i, (position, number) in enumerate(owners):
             if isinstance(result, ItemError):
                 state.bad[position] = result
             if position in state.bad:
@@ -295,48 +254,10 @@ class ImageFeatureRunner(UnitRunner):
         if rows:
             columns = {f.name: ([row[f.name] for row in rows] if not pa.types.is_fixed_size_list(f.type)
                                 else np.stack([row[f.name] for row in rows])) for f in self.schema}
-            put(f"features/{_folder(unit.plate)}part-{unit.id}{self.plan.suffix}.parquet", write_table(columns, self.schema))
+            put(f"features/{plate_folder(unit.plate)}part-{unit.id}{self.plan.suffix}.parquet", write_table(columns, self.schema))
         receipt.without_objects = [unit.items[position].item_id for position in good if not state.rows[position]]
         receipt.rows, receipt.row_items = len(rows), len(good) - len(receipt.without_objects)
-        receipt.quarantined = len(state.bad)
-        if state.bad:
-            table = []
-            for position in sorted(state.bad):
-                item, error = unit.items[position], state.bad[position]
-                receipt.reasons[error.reason] = receipt.reasons.get(error.reason, 0) + 1
-                table.append({"item_id": item.item_id, "uri": item.files[0].uri if item.files else "",
-                              "reason": error.reason, "message": str(error)})
-            receipt.objects.append(self.ledger.put_quarantine(unit.id, table))
-
-    def _used_numerics(self, *, degraded: bool) -> dict[str, Any]:
-        used = device_kind(self.extractor.device)
-        return {"device_kind": used, "precision": self.numerics["precision"],
-                "token_budget": self.numerics["token_budget"],
-                "degraded": degraded or self.numerics["device_kind"] not in (used, "cuda")}
-
-
-def device_kind(device: torch.device) -> str:
-    """What must be equal for bytes to be equal: the CPU's vendor and instruction set, or the GPU's name."""
-    if device.type == "cuda":
-        return f"cuda {torch.cuda.get_device_name(device)}"
-    native = " bfloat16" if onednn_ready(torch.bfloat16) else ""
-    return f"cpu {cpu_vendor()} {torch.backends.cpu.get_cpu_capability()}{native}"
-
-
-def _folder(plate: str | None) -> str:
-    """The plain, percent-encoded folder of a plate, with a slash, or nothing.
-
-    A leading `.` or `_` is encoded too (readers of Parquet folders pass over such names), and names that file
-    systems would refuse end in a hash.
-    """
-    if not plate:
-        return ""
-    name = quote(plate, safe="")
-    if name[0] in "._":
-        name = f"%{ord(name[0]):02X}{name[1:]}"
-    if len(name) > MAX_FOLDER:
-        name = f"{name[:MAX_FOLDER - 17]}-{hashlib.sha256(plate.encode()).hexdigest()[:16]}"
-    return safe_join(name) + "/"
+        quarantine(self.ledger, unit, state.bad, receipt)
 
 
 def for_torch(pixels: np.ndarray) -> np.ndarray:
@@ -344,5 +265,3 @@ def for_torch(pixels: np.ndarray) -> np.ndarray:
     if pixels.dtype in (np.uint8, np.uint16, np.float32):
         return np.ascontiguousarray(pixels)
     return np.ascontiguousarray(pixels.astype(np.float32))
-
-

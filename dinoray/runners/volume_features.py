@@ -35,7 +35,7 @@ from dinoray.memory.allocator import give_back, share_arenas
 from dinoray.memory.meter import reset_rss_peak, rss, rss_peak
 from dinoray.runners.base import READ_AHEAD_PER_THREAD, Finish, Loaded, UnitRunner
 from dinoray.runners.compute import ComputePool
-from dinoray.runners.image_features import device_kind
+from dinoray.runners.numerics import device_kind
 from dinoray.runners.volume_slabs import PreparedSlab, above, inside, read_slab
 from dinoray.slabs import Slab, UnitSizes, array_of, shard_keys, tokens_needed
 from dinoray.units import Plan, Unit

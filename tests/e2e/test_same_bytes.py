@@ -168,21 +168,21 @@ def test_a_row_does_not_depend_on_what_shares_its_full_batch(tmp_path: Path) -> 
 
 
 def test_many_shapes_wait_within_a_bound_and_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dinoray.runners import image_features
+    from dinoray.runners import gathering
 
     folder = tmp_path / "in"
     folder.mkdir()
     for i in range(24):
         Image.fromarray(texture((32 + 16 * (i % 5), 48 + 16 * (i % 3)), i)).save(folder / f"{i:02d}.png")
-    monkeypatch.setattr(image_features, "WAITING_BYTES", 12_000)
+    monkeypatch.setattr(gathering, "WAITING_BYTES", 12_000)
     held: list[int] = []
-    gather = image_features.ImageFeatureRunner._gather
+    add = gathering.Gathering.add
 
-    def watched(self, state, *args):
-        gather(self, state, *args)
-        held.append(state.waiting_bytes)
+    def watched(self, *args):
+        add(self, *args)
+        held.append(self.waiting_bytes)
 
-    monkeypatch.setattr(image_features.ImageFeatureRunner, "_gather", watched)
+    monkeypatch.setattr(gathering.Gathering, "add", watched)
     run(folder, tmp_path / "a", features=ALL_FEATURES, compute_threads=1)
     run(folder, tmp_path / "b", features=ALL_FEATURES, compute_threads=3, decode_threads=4)
     assert 0 < max(held) <= 12_000

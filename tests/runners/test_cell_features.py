@@ -19,7 +19,7 @@ from dinoray import open_features
 from dinoray.errors import BadRequest, OutputDamaged
 from dinoray.io.items import Item
 from dinoray.runners import cell_features
-from dinoray.runners.image_features import ImageFeatureRunner
+from dinoray.runners.gathering import Gathering
 from dinoray.units import CELL_ITEM_SCHEMA, ITEM_SCHEMA, Plan, PlanWriter, item_digest, item_row
 from dinoray.verification import open_run, verify_deep, verify_fast
 from dinoray.vision.quality import quality
@@ -192,13 +192,13 @@ def test_crops_share_batches_across_images_and_give_what_each_image_gives_alone(
         fields: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images, labels = fields
     sizes: list[set[int]] = []
-    launch = ImageFeatureRunner._launch
+    launch = Gathering._launch
 
-    def watched(self, state, key):
-        sizes.append({position for position, _, _ in state.waiting[key]})
-        launch(self, state, key)
+    def watched(self, key):
+        sizes.append({position for (position, _), _ in self._waiting[key]})
+        launch(self, key)
 
-    monkeypatch.setattr(ImageFeatureRunner, "_launch", watched)
+    monkeypatch.setattr(Gathering, "_launch", watched)
     run_cells(images, tmp_path / "together", labels=str(labels), token_budget=90)
     assert any(len(positions) > 1 for positions in sizes), "a batch holds crops of several images"
     run_cells(images, tmp_path / "alone", labels=str(labels), token_budget=90, unit_items=1)

@@ -18,8 +18,8 @@ import zarr
 
 from dinoray import open_features
 from dinoray.errors import BadRequest
+from dinoray.io.object_names import plate_folder
 from dinoray.ledger import Ledger, Receipt
-from dinoray.runners.image_features import _folder
 from dinoray.verification import open_run
 from dinoray.vision.extractor import Extractor
 from dinoray.vision.quality import quality
@@ -232,7 +232,7 @@ def test_crops_that_wait_for_company_are_bounded_and_every_row_is_still_there(
         monkeypatch: pytest.MonkeyPatch, pictures: Path, tmp_path: Path) -> None:
     run(pictures, tmp_path / "together", features=ALL_FEATURES)
     for limit in (1, 10_000, 40_000):
-        monkeypatch.setattr("dinoray.runners.image_features.WAITING_BYTES", limit)
+        monkeypatch.setattr("dinoray.runners.gathering.WAITING_BYTES", limit)
         out = tmp_path / str(limit)
         run(pictures, out, features=ALL_FEATURES)
         check_whole(out)
@@ -423,7 +423,7 @@ def test_plates_of_any_name_stay_inside_and_are_read_back(tmp_path: Path) -> Non
 
 
 def test_folders_of_plates_are_safe_distinct_and_readable() -> None:
-    folders = [_folder(plate) for plate in PLATES]
+    folders = [plate_folder(plate) for plate in PLATES]
     assert len(set(folders)) == len(PLATES)
     for folder in folders:
         name = folder.removesuffix("/")
@@ -433,10 +433,10 @@ def test_folders_of_plates_are_safe_distinct_and_readable() -> None:
         assert "=" not in name
         assert not name.startswith((".", "_"))
         assert len(name) <= 200
-    assert _folder(None) == _folder("") == ""
-    assert _folder("BR00117035") == "BR00117035/"
-    assert _folder("a b") == "a%20b/"
-    assert _folder("中" * 100) != _folder("中" * 101)
+    assert plate_folder(None) == plate_folder("") == ""
+    assert plate_folder("BR00117035") == "BR00117035/"
+    assert plate_folder("a b") == "a%20b/"
+    assert plate_folder("中" * 100) != plate_folder("中" * 101)
 
 
 @pytest.mark.parametrize("unit_items", [1, 256])
