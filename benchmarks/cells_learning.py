@@ -72,6 +72,7 @@ class Bench:
         data = ROOT.parent / "shared/data"
         splits = json.loads(SPLITS.read_text())
         self.groups: dict[str, str] = splits["dsb2018"]["modality"]
+        self.beside_train: set[str] = set(splits["dsb2018"]["test_beside_train"])
         test = list_labelled(LabelledSource(images=str(data / "dsb2018_stage1/stage1_test"), kind="dsb",
                                             ids=f"{SPLITS}#dsb2018/test"))
         phase = list_labelled(LabelledSource(images=str(data / "usiigaci_phase_train/*/raw.tif"),
@@ -253,6 +254,9 @@ def report(bench: Bench, results: dict[str, dict[str, Any]]) -> str:
     for modality in sorted(set(modality_of.values())):
         rows = [_line(name, [s for s in scores if modality_of[s.image_id] == modality]) for name, scores in tests.items()]
         lines += [f"\n{modality}:\n", table(HEADER, rows)]
+    apart = {name: [s for s in scores if s.image_id.rsplit("/", 1)[-1] not in bench.beside_train] for name, scores in tests.items()}
+    lines += ["\nWithout the test images that are tiles of a field of training images:\n",
+              table(HEADER, [_line(name, scores) for name, scores in apart.items()])]
     pairs = [(a, b) for a, b in (("ours_half", "conv"), ("ours_half", "zeroed"), ("ours_end", "otsu")) if a in tests and b in tests]
     rows = []
     for a, b in pairs:
