@@ -76,7 +76,7 @@ def test_a_tiff_mask_says_nothing_of_when_and_by_what_it_was_written() -> None:
 def test_damage_and_absence_are_told(tmp_path: Path) -> None:
     for kind in ("tiff", "zarr"):
         store, key = put(np.ones((64, 64), np.int32), kind)
-        for name in list(store.objects):
+        for name in sorted(store.objects.keys() - {f"{key}/zarr.json"}):  # which is for other readers
             torn = DictStore({**store.objects, name: store.objects[name][:20]})
             with pytest.raises(OutputDamaged, match="cannot be read"):
                 read_mask(torn, key)
