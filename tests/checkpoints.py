@@ -78,8 +78,10 @@ def blobs(shape: tuple[int, int], count: int, seed: int, radius: float = 6.0) ->
     middles = [range(step // 2, side - step // 2 + 1, step) for side in shape]
     places = [(y, x) for y in middles[0] for x in middles[1]]
     image = np.zeros(shape)
-    rows, columns = np.mgrid[:shape[0], :shape[1]]
-    for n in sorted(rng.choice(len(places), count, replace=False)):
+    reach = step // 2
+    blob = np.clip(1.1 - np.hypot(*np.mgrid[-reach:reach + 1, -reach:reach + 1]) / radius, 0, 1)
+    for n in rng.choice(len(places), count, replace=False):
         y, x = places[n]
-        image = np.maximum(image, np.clip(1.1 - np.hypot(rows - y, columns - x) / radius, 0, 1))
+        part = image[max(0, y - reach):y + reach + 1, max(0, x - reach):x + reach + 1]
+        np.maximum(part, blob[max(0, reach - y):, max(0, reach - x):][:part.shape[0], :part.shape[1]], out=part)
     return image

@@ -476,3 +476,53 @@ def test_a_plates_scaling_is_shared(checkpoint: Path, tmp_path: Path) -> None:
               for n in ("image", "plate")]
     assert counts == [{"bright.tif": 5, "dim.tif": 5}, {"bright.tif": 5, "dim.tif": 0}]
     check_whole(tmp_path / "plate")
+
+
+def test_the_scale_is_estimated_where_nobody_tells_it(tmp_path: Path) -> None:
+    """Cells of 9 px (as they are found) for a model of 20 px cells; one image shows too few cells to tell."""
+    checkpoint = seeing_checkpoint(tmp_path / "ck", median_diameter_px=20.0)
+    for i, count in enumerate((20, 2, 30, 12)):
+        write(tmp_path / "in" / f"{i}.tif", as_16_bit(blobs((128, 160), count, i)))
+    lines: list[str] = []
+    run_segment(tmp_path / "in", checkpoint, tmp_path / "out", say=lines.append)
+    check_whole(tmp_path / "out")
+    rows = open_masks(tmp_path / "out").images.table().to_pylist()
+    assert [row["scale_source"] for row in rows] == ["estimated", "unknown", "estimated", "estimated"]
+    assert [row["num_cells"] for row in rows] == [20, 2, 30, 12]
+    for row in rows:
+        assert row["scale"] == 1.0 if row["scale_source"] == "unknown" else 1.5 < row["scale"] < 2.8
+    assert any(line.startswith("scale estimated for 3 images: median factor 2") for line in lines)
+    assert any(line.startswith("scale unknown for 1 image with too few cells") for line in lines)
+    for i, threads in enumerate(((1, 1), (4, 3))):
+        run_segment(tmp_path / "in", checkpoint, tmp_path / f"again{i}", decode_threads=threads[0], compute_threads=threads[1])
+        assert data_objects(tmp_path / f"again{i}") == data_objects(tmp_path / "out")
+
+
+def test_a_scale_that_cannot_be_is_a_reason(tmp_path: Path) -> None:
+    checkpoint = seeing_checkpoint(tmp_path / "ck", pixel_size_um=0.5)
+    write(tmp_path / "in" / "a.tif", as_16_bit(blobs((64, 64), 3, 1)))
+    assert run_segment(tmp_path / "in", checkpoint, tmp_path / "out", pixel_size_um=10.0).exit_code == 3
+    assert reasons_of(tmp_path / "out") == {"a.tif": "scale"}
+    with pytest.raises(BadRequest, match="how large its cells were"):
+        run_segment(tmp_path / "in", checkpoint, tmp_path / "no", diameter_px=10.0)
+
+
+@pytest.mark.slow
+def test_seventy_thousand_cells_in_one_image(checkpoint: Path, tmp_path: Path) -> None:
+    """Each of 3 x 3 px; no id is folded into 16 bits, and every cell has its row."""
+    image = np.zeros((1060, 1064), np.uint16)
+    centres = np.add.outer(np.arange(0, 1060, 4) * 1064, np.arange(0, 1064, 4)).ravel()
+    image.flat[centres] = 60_000
+    image[1:] |= image[:-1]
+    image[:, 1:] |= image[:, :-1]
+    write(tmp_path / "in" / "a.tif", image)
+    out = tmp_path / "out"
+    outcome = run_segment(tmp_path / "in", checkpoint, out, min_area_px=4)
+    assert outcome.tally.rows == len(centres) > 70_000
+    labels = open_masks(out)["a.tif"]
+    assert labels.max() == len(centres) and np.array_equal(labels > 0, image > 0)
+    table = open_features(str(out))
+    assert np.array_equal(table.table()["object_id"].to_numpy(), np.arange(1, len(centres) + 1))
+    assert set(table.table()["area_px"].to_pylist()) == {4}
+    assert np.isfinite(table.matrix("feature")).all()
+    check_whole(out)
