@@ -18,7 +18,7 @@ from torch import nn
 
 from dinoray.config.training import TrainingJob
 from dinoray.driver import stop_mode
-from dinoray.errors import ChangedRequest, OutputDamaged, TransientError
+from dinoray.errors import ChangedRequest, OutputDamaged, SystemicError, TransientError
 from dinoray.failpoints import reach
 from dinoray.io.stores import Store
 from dinoray.training.averaging import RunningMean
@@ -206,6 +206,8 @@ class _Run:
 
     def after_step(self, loss: float, grad_norm: float, lr: float) -> None:
         job, progress = self.job, self.progress
+        if self.stepper.micro_batch < job.micro_batch:
+            progress.micro_batch = self.stepper.micro_batch
         self.losses.append(loss)
         self.stepping_s += time.monotonic() - self.stepping_since
         step = progress.step
@@ -231,8 +233,12 @@ class _Run:
     def _validate(self) -> None:
         job, progress = self.job, self.progress
         self.model.eval()
-        with self._averaged(), torch.inference_mode():
-            figures = self.task.validate(self.workers)
+        try:
+            with self._averaged(), torch.inference_mode():
+                figures = self.task.validate(self.workers)
+        except torch.OutOfMemoryError as error:
+            raise SystemicError("the validation does not fit the device's memory", where=str(self.workers.device),
+                                todo="lower micro_batch, then run the same command again: it resumes") from error
         row = {"step": progress.step, **{f"val_{name}": value for name, value in figures.items()}}
         progress.history.append(row)
         if figures["loss"] < progress.best_loss * (1 - job.min_improvement) or progress.best_step == 0:

@@ -22,7 +22,7 @@ from tests.training.toys import Toy, toy_job
 
 
 def in_group(world: int, function: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
-    """[what `function(workers, *args)` gave on each of `world` processes]. A hang ends after 60 s as a failure."""
+    """[what `function(workers, *args)` gave on each of `world` processes]. A hang ends after 30 s as a failure."""
     folder.mkdir(parents=True, exist_ok=True)
     mp.spawn(_member, (world, str(folder), function, args), nprocs=world, join=True)
     results = [torch.load(folder / f"result-{rank}.pt", weights_only=False) for rank in range(world)]
@@ -34,13 +34,14 @@ def in_group(world: int, function: Callable[..., Any], folder: Path, *args: Any)
 def _member(rank: int, world: int, folder: str, function: Callable[..., Any], args: tuple) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world,
-                            timeout=datetime.timedelta(seconds=60))
+                            timeout=datetime.timedelta(seconds=30))
     try:
         result = function(Workers(), *args)
     except Exception:
         result = {"trouble": traceback.format_exc()}
     torch.save(result, f"{folder}/result-{rank}.pt")
-    dist.barrier()
+    if not (isinstance(result, dict) and "trouble" in result):
+        dist.barrier()  # gloo aborts a process that still talks to one that has left
     dist.destroy_process_group()
 
 
@@ -110,7 +111,7 @@ def out_of_memory(workers: Workers, out: str, fields: dict[str, Any], bad_rank: 
     plain, failures = toy.loss, []
 
     def loss(samples: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        if workers.rank == bad_rank and len(samples) > fits and samples[0][0] >= at_step * job.batch_size:
+        if workers.rank == bad_rank and len(samples) > fits and at_step * job.batch_size <= samples[0][0] < 10**6:
             failures.append(len(samples))
             raise torch.OutOfMemoryError("no memory, says the test")
         return plain(samples)

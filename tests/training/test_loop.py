@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ def test_interrupted_anywhere_it_ends_the_same(precision: str, ema: float, dropo
     for point in POINTS:
         out = tmp_path / point
         name, _, passage = point.partition("@")
-        monkeypatch.setattr("dinoray.failpoints._passed", type(__import__("collections").Counter())())
+        monkeypatch.setattr("dinoray.failpoints._passed", Counter())
         monkeypatch.setenv("DINORAY_FAILPOINTS", f"{name}=raise@{passage}")
         with pytest.raises(OSError, match=name):
             train(out, toy(), precision=precision, ema_decay=ema)
@@ -53,10 +55,15 @@ def test_interrupted_anywhere_it_ends_the_same(precision: str, ema: float, dropo
 
 def test_a_resumed_run_takes_up_the_next_samples_and_no_others(tmp_path: Path) -> None:
     first, second = Toy(), Toy()
-    clock = itertools.count()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.time, "monotonic", lambda: float(next(clock)))
-        stopped = train(tmp_path / "o", first, stop_after_s=60.0)
+    began, plain = time.monotonic(), first.loss
+
+    def loss(samples):
+        if 5 * 6 <= samples[0][0] < 10**6:
+            time.sleep(max(0.0, began + 3.0 - time.monotonic()))
+        return plain(samples)
+
+    first.loss = loss  # type: ignore[method-assign]
+    stopped = train(tmp_path / "o", first, stop_after_s=2.5)
     assert 0 < stopped.step < 10 and stopped.ended == ""
     assert last_state(tmp_path / "o")["progress"]["step"] == stopped.step, "a state was saved where it stopped"
     train(tmp_path / "o", second)
@@ -70,7 +77,7 @@ def test_stop_is_seen_and_a_state_saved(tmp_path: Path, monkeypatch: pytest.Monk
     plain = toy.loss
 
     def loss(samples):
-        if samples[0][0] >= 5 * 6:
+        if 5 * 6 <= samples[0][0] < 10**6:
             store.put(STOP_KEY, b'{"mode": "drain"}')
         return plain(samples)
 
@@ -176,7 +183,7 @@ def test_the_size_that_fits_is_kept_over_a_restart_and_never_above_the_jobs(tmp_
 @pytest.mark.parametrize(("value", "message"), [(float("nan"), "the loss of a step is nan"), (1e308, "the gradient's norm is")])
 def test_a_loss_that_is_no_number_stops_it(value: float, message: str, tmp_path: Path) -> None:
     toy = Toy()
-    toy.loss = lambda samples: ((toy.model(torch.full((1, 5), 1e200).double()) * value).sum(), torch.tensor(1.0))  # type: ignore[method-assign]
+    toy.loss = lambda samples: ((toy.model(torch.full((1, 5), 1e200, dtype=torch.float64)) * value).sum(), torch.tensor(1.0))  # type: ignore[method-assign]
     with pytest.raises(SystemicError, match="lower learning_rate") as caught:
         train(tmp_path, toy)
     assert message.split()[1] in str(caught.value)
