@@ -17,7 +17,9 @@ newest state and its pointer, before the checkpoint."""
 @pytest.mark.parametrize(("precision", "ema"), [
     ("float32", 0.0), pytest.param("float32", 0.9, marks=pytest.mark.slow), pytest.param("bfloat16", 0.0, marks=pytest.mark.slow),
     pytest.param("bfloat16", 0.9, marks=pytest.mark.slow)])
-def test_killed_at_every_point_it_ends_with_the_same_bytes(precision: str, ema: float, tmp_path: Path) -> None:
+def test_killed_at_every_point_it_ends_with_the_same_bytes(precision: str, ema: float, tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     images = make_discs(tmp_path / "in")
     fields = {"precision": precision, "ema_decay": ema}
     whole = write_job(tmp_path / "whole.yaml", disc_job(images, tmp_path / "whole", **fields))
