@@ -1,0 +1,76 @@
+"""docs/training.md against the code. `python -m tests.training.test_training_docs` prints its tables anew."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from dinoray.config import TrainDistanceMapJob, build_job, read_job_file
+from dinoray.config.augmentation import Augmentation
+from dinoray.config.labelled import LabelledSource
+from dinoray.config.training import TRAINING_EXECUTION_FIELDS, TrainingJob
+from dinoray.request import KEY
+from dinoray.training.card import model_card
+from dinoray.training.journal import BOARD, HISTORY_KEY
+from dinoray.training.standing import CHECKPOINT, PROGRESS_KEY
+from dinoray.training.states import PREFIX
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = (ROOT / "docs" / "training.md").read_text()
+
+
+def rows(model: type[BaseModel], without: type[BaseModel] | None = None) -> list[str]:
+    """A line of a table for each field: its name, default and docstring."""
+    lines = []
+    for name, field in model.model_fields.items():
+        if without is None or name not in without.model_fields:
+            default = "needed" if field.is_required() else _shown(field.get_default(call_default_factory=True))
+            marked = "*" if model in (TrainingJob, TrainDistanceMapJob) and name in TRAINING_EXECUTION_FIELDS else ""
+            lines.append(f"| `{name}`{marked} | {default} | {' '.join(str(field.description).split())} |")
+    return lines
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, BaseModel):
+        return "see below"
+    if value is None or value == ():
+        return "none"
+    return f"`{list(value)}`" if isinstance(value, tuple) else f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+TABLES = [rows(TrainingJob), rows(TrainDistanceMapJob, TrainingJob), rows(LabelledSource), rows(Augmentation)]
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_every_field_stands_there_with_its_default_and_docstring(number: int) -> None:
+    assert len(TABLES[number]) > 6
+    missing = [row for row in TABLES[number] if row not in TEXT]
+    assert not missing, "\n".join(missing)
+    known = {row for table in TABLES for row in table}
+    stray = [line for line in TEXT.splitlines() if line.startswith("| `") and line not in known and "`OUT" not in line
+             and "`_dinoray" not in line and "/" not in line.split("|")[1]]
+    assert not stray
+
+
+def test_what_it_says_of_the_output_is_so() -> None:
+    for name in (KEY, PROGRESS_KEY, HISTORY_KEY, f"{BOARD}/", f"{PREFIX}/", f"{CHECKPOINT}/"):
+        assert f"`{name}`" in TEXT, name
+    assert model_card.__doc__
+
+
+def test_its_job_and_the_example_are_jobs() -> None:
+    block = re.search(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
+    assert block is not None
+    import yaml
+
+    assert build_job(TrainDistanceMapJob, yaml.safe_load(block[1])).steps == 10_000
+    example = build_job(TrainDistanceMapJob, read_job_file(ROOT / "jobs/configs/train_distance_map.yaml", ["out=x"], TrainDistanceMapJob))
+    assert example.model == "vitt8" and example.out == "x"
+
+
+if __name__ == "__main__":
+    for table in TABLES:
+        print("\n".join(["| field | default | meaning |", "|---|---|---|", *table, ""]))
