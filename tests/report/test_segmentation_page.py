@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from dinoray.errors import OutputDamaged
+from dinoray.io.decoded import Limits
 from dinoray.report import overlays
 from dinoray.report.html import render, write_report
 from dinoray.report.outlines import boundaries, resized_labels
@@ -98,14 +99,20 @@ def test_of_a_large_image_the_window_with_most_cells_is_shown(tmp_path: Path) ->
     assert "OME-Zarr labels" in render(run)
 
 
-def test_an_image_above_the_limit_is_not_read(out: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(overlays, "LIMITS", overlays.LIMITS.__class__(max_pixels=2000, max_bytes=10**9, max_file_bytes=10**9))
-    monkeypatch.setattr(overlays, "read_mask", lambda *_: pytest.fail("a mask that is too large was read"))
-    run = open_for_report(out)
-    found = read_segmented(run)
-    large = [row for row in choose(found) if found.values("height")[row] * found.values("width")[row] > 2000]
-    monkeypatch.setattr(overlays, "choose", lambda _: dict.fromkeys(large, ""))
-    assert {one.problem for one in draw_overlays(run, found)} == {"the image is too large to be read for a picture"}
+@pytest.mark.parametrize("masks", ["tiff", "zarr"])
+def test_above_the_limit_a_part_of_the_mask_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, masks: str) -> None:
+    labels = np.zeros((1100, 1300), np.int32)
+    labels[500:600, 600:700], labels[:30, :30] = 1, 2
+    write_segmented(tmp_path / "out", [(saved(tmp_path, "large.tif", labels), labels)], masks=masks)
+    monkeypatch.setattr(overlays, "LIMITS", Limits(max_pixels=10**6, max_bytes=10**9, max_file_bytes=10**9))
+    for name in ("read_mask", "load_item"):
+        monkeypatch.setattr(overlays, name, lambda *_, **__: pytest.fail("something too large was decoded whole"))
+    run = open_for_report(str(tmp_path / "out"))
+    (one,) = draw_overlays(run, read_segmented(run))
+    assert "too large" in one.problem and not one.image and "from x 138, y 38, its middle" in one.part
+    seen = pixels(one.outlines)
+    assert np.array_equal(seen[..., 3] > 0, (lambda shown: (shown == 1) & ~boundaries(shown))(
+        resized_labels(labels[38:1062, 138:1162], 560, 560)))
 
 
 def test_damage_is_told(tmp_path: Path) -> None:
