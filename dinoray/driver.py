@@ -62,6 +62,8 @@ class Driver:
                      "since": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **_process()}
         self.leave: Callable[[str], None] | None = None
         """What to do when asked to stop at once (`dinoray stop` without --drain); set by the command line."""
+        self.drain_note = "units in work are finished, no new ones are begun"
+        """What a drain means for this kind of run."""
         self._lost = ""
         self._drain = False
         self._looking = threading.Lock()
@@ -85,6 +87,11 @@ class Driver:
             if error is None:
                 raise
             logger.warning("the output could not be released: %s", trouble)  # the first error tells the cause
+
+    @property
+    def token(self) -> str:
+        """What names this driver in driver.json."""
+        return str(self.note["token"])
 
     def check_lost(self) -> None:
         """Raise SystemicError when another driver took the output over."""
@@ -175,7 +182,7 @@ class Driver:
             if mode != "drain" and self.leave is not None:
                 self.leave("`dinoray stop`")
             self._drain = True
-            self.say("asked to stop: units in work are finished, no new ones are begun")
+            self.say(f"asked to stop: {self.drain_note}")
 
 
 def refuse_if_held(store: Store, takeover: bool = False) -> None:
@@ -239,6 +246,11 @@ def at_work(store: Store) -> str:
     """Who holds the output now, in words; empty when nobody does that is not known to be gone."""
     found = _read(store)
     return describe(found) if found and not _is_dead(found) else ""
+
+
+def token_of_holder(store: Store) -> str:
+    """What names the driver that holds the output now; empty when none does."""
+    return str((_read(store) or {}).get("token", ""))
 
 
 def describe(note: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from dinoray.io.stores import Store, is_local, local_path
 from dinoray.ledger import Ledger
 from dinoray.resolved import Resolved
 from dinoray.units import Plan
+from dinoray.verification import training_record
 
 KEY = "_dinoray/job.json"
 _OTHERS = ("_dinoray/tmp/", "_dinoray/driver.json", "_dinoray/stop.json")
@@ -23,6 +24,8 @@ def check_request(store: Store, resolved: Resolved) -> bool:
 
     Raises BadRequest for a folder of something else, ChangedRequest naming every setting that differs.
     """
+    if training_record(store):
+        raise ChangedRequest("this is the output of a training", where=store.url, todo="use another --out")
     sealed = Plan.exists(store)
     if not sealed and Ledger(store).done():
         raise OutputDamaged("there are receipts, but the plan's index is gone", where=f"{store.url}/_dinoray/plan/index.parquet",
@@ -64,6 +67,9 @@ def read_identity(store: Store) -> dict[str, Any]:
 
 def read_request(store: Store) -> tuple[UnitJob, str]:
     """The job that an output was made by, and its fingerprint. Raises BadRequest, OutputDamaged."""
+    if training_record(store):
+        raise BadRequest("this is the output of a training, which has no units", where=store.url,
+                         todo="to train on with other data or settings, use another out")
     try:
         record = json.loads(store.get(KEY))
         return build_job(recorded_model(record["job"]), record["job"]), str(record["fingerprint"])

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dinoray.generations import Generation, generations, total_tally, unfinished_notes
-from dinoray.verification import open_run
+from dinoray.io.stores import open_store
+from dinoray.training.standing import standing_lines
+from dinoray.verification import open_run, training_record
 from dinoray.wording import plural
 
 STAGES = ("read", "decode", "prepare", "compute", "cells", "write")
@@ -17,11 +19,15 @@ NOUNS = {"volume": ("slabs", "tokens"), "cell-masks": ("images", "cells")}
 
 
 def status_lines(out: str) -> Iterator[str]:
-    """Lines for a person: progress, quarantine by reason, stages, whether it was verified.
+    """Lines for a person: progress, quarantine by reason, stages, whether it was verified; of a training, step and losses.
 
     An output with `retry` or `extend` has a line for each generation; the totals count what a retry settled
-    once. Raises BadRequest when `out` holds no planned run, OutputDamaged for records that cannot be read.
+    once. Raises BadRequest when `out` holds no run, OutputDamaged for records that cannot be read.
     """
+    record = training_record(open_store(out))
+    if record is not None:
+        yield from standing_lines(open_store(out), record)
+        return
     store, _, _ = open_run(out)
     parts = generations(store)
     tally = total_tally(parts)

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import io
 import json
+import shlex
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -42,12 +43,27 @@ def open_run(url: str) -> tuple[Store, Plan, Ledger]:
     """The store, plan and ledger of an output. Raises BadRequest when `url` holds none."""
     store = open_store(url)
     if not Plan.exists(store):
+        if training_record(store):
+            raise BadRequest("this is the output of a training, which has no units", where=url,
+                             todo=f"dinoray status {shlex.quote(url)} says where it stands; its result is the folder checkpoint")
         started = store.exists("_dinoray/job.json")
         busy = at_work(store)
         raise BadRequest("planning has not finished here" if started else "this is not an output of dinoray", where=url,
                          todo=f"wait for {busy}" if busy else
                          "run the command in _dinoray/job.json again" if started else "give the --out of a run")
     return store, Plan(store), Ledger(store)
+
+
+def training_record(store: Store) -> dict[str, Any] | None:
+    """job.json where the output is a training's, else None. Raises OutputDamaged when it cannot be read."""
+    try:
+        record = json.loads(store.get("_dinoray/job.json"))
+        return record if str(record.get("kind", "")).startswith("train ") else None
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, AttributeError) as error:
+        raise OutputDamaged(f"the record of the job cannot be read: {error!r}", where=f"{store.url}/_dinoray/job.json",
+                            todo="restore it from a copy") from error
 
 
 def verify_fast(store: Store, *, write_success: bool) -> dict[str, Any]:

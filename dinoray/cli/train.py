@@ -21,7 +21,11 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key=value: fields t
 def distance_map(job: JobFile, overrides: Overrides = None) -> None:
     """A UNet over DINOv3 that predicts distance maps of cells. All fields: docs/training.md."""
     command = shlex.join(["dinoray", "train", "distance-map", job, *(overrides or [])])
-    raise typer.Exit(run_train_distance_map(build_job(TrainDistanceMapJob, read_job_file(job, overrides)), command))
+    raise typer.Exit(run_train_distance_map(_read(job, overrides), command))
+
+
+def _read(file: str, overrides: list[str] | None) -> TrainDistanceMapJob:
+    return build_job(TrainDistanceMapJob, read_job_file(file, overrides, TrainDistanceMapJob))
 
 
 def run_train_distance_map(job: TrainDistanceMapJob, command: str = "") -> int:
@@ -38,4 +42,4 @@ def run_training_script(argv: list[str]) -> int:
         say("usage: python jobs/train_distance_map.py FILE.yaml [key=value ...]")
         return 0 if argv else 2
     command = shlex.join(["python", "jobs/train_distance_map.py", *argv])
-    return guarded(lambda: run_train_distance_map(build_job(TrainDistanceMapJob, read_job_file(argv[0], argv[1:])), command))
+    return guarded(lambda: run_train_distance_map(_read(argv[0], argv[1:]), command))

@@ -6,88 +6,154 @@ no Ray at all goes on from the same step. Ray Train gives the process group, the
 
 from __future__ import annotations
 
-import os
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+import pyarrow.fs
 import ray
 import ray.train
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.callback import UserCallback
 
 from dinoray.cluster.pool import quiet_console
-from dinoray.cluster.resources import connect
-from dinoray.errors import BadRequest, SystemicError
+from dinoray.cluster.resources import connect, disconnect
+from dinoray.cluster.worker_shape import WorkerShape, worker_shape
+from dinoray.errors import DinorayError, SystemicError, TransientError
+from dinoray.io.stores import filesystem, is_local, local_path
 from dinoray.training.spec import TrainingSpec, run_worker
 
+LOOK_S = 1.0
+"""How often the driver looks whether it still holds the output."""
+PATIENCE_S = 60.0
+"""Without workers for so long, the driver says what is waited for."""
 
-def run_workers(spec: TrainingSpec, say: Callable[[str], None], *, check: Callable[[], None] = lambda: None) -> None:
+
+def run_workers(spec: TrainingSpec, say: Callable[[str], None], *, check: Callable[[], None] = lambda: None,
+                begun: Callable[[], bool] = lambda: True) -> None:
     """Run a training on `workers` of the job, to its end or its saved stop.
 
-    Raises BadRequest when the workers can never fit, SystemicError when they failed more often than `max_restarts`.
+    `check` raises when the driver must end; `begun` tells whether this run's workers are at work. Raises BadRequest when the
+    workers can never fit; what a worker raised, when trying again cannot help; SystemicError when workers failed more often
+    than `max_restarts`.
     """
     local = connect()
     try:
-        low, high = worker_range(spec.job["workers"])
-        on_cuda = spec.job["device"] == "cuda"
-        cpus = cpus_per_worker(high, on_cuda)
-        scaling = ScalingConfig(num_workers=high if low == high else (low, high), use_gpu=on_cuda,
-                                resources_per_worker={"CPU": cpus} | ({"GPU": 1} if on_cuda else {}))
-        trainer = TorchTrainer(
-            _worker, train_loop_config=asdict(spec), scaling_config=scaling,
-            torch_config=TorchConfig(backend="nccl" if on_cuda else "gloo"),
-            run_config=RunConfig(name=f"dinoray-{spec.fingerprint}", storage_path=_ray_folder(spec),
-                                 failure_config=FailureConfig(max_failures=spec.job["max_restarts"])))
-        quiet_console()
+        shape = worker_shape(spec.job["workers"], device=spec.job["device"], data_threads=spec.job["data_threads"])
         check()
-        try:
-            trainer.fit()
-        except ray.train.TrainingFailedError as error:
-            raise SystemicError(f"the training failed: {_cause(error)}", where=spec.out,
-                                todo="mend the cause, then run the same command again: it resumes from the last state") from error
+        quiet_console()
+        _wait(_trainer(spec, shape), spec, shape, say, check, begun)
     finally:
-        if local:
-            ray.shutdown()
+        disconnect(local)
+
+
+def _trainer(spec: TrainingSpec, shape: WorkerShape) -> TorchTrainer:
+    return TorchTrainer(
+        _worker, train_loop_config={"spec": asdict(spec), "threads": shape.num_cpus}, scaling_config=shape.scaling(),
+        torch_config=TorchConfig(backend="nccl" if shape.num_gpus else "gloo"),
+        # the name is new for each run: Ray would else take up notes of its own from an earlier one
+        run_config=RunConfig(name=f"dinoray-{spec.fingerprint}-{spec.token[:8]}", callbacks=[EndHopeless()],
+                             failure_config=FailureConfig(max_failures=spec.job["max_restarts"]), **ray_storage(spec.out)))
+
+
+def _wait(trainer: TorchTrainer, spec: TrainingSpec, shape: WorkerShape, say: Callable[[str], None], check: Callable[[], None],
+          begun: Callable[[], bool]) -> None:
+    """Fit, in a thread: on the main one Ray would put a handler of its own in place of ours for Ctrl-C."""
+    ended: list[BaseException | None] = []
+    thread = threading.Thread(target=lambda: ended.append(_fit(trainer)), daemon=True, name="fit")
+    thread.start()
+    told, deadline = False, time.monotonic() + PATIENCE_S
+    while thread.is_alive():
+        thread.join(LOOK_S)
+        check()
+        if not told and time.monotonic() > deadline:
+            told = True
+            if not begun():
+                say(f"waiting for {shape} (dinoray doctor cluster shows the nodes)")
+    error = ended[0]
+    if error is None:
+        return
+    if not isinstance(error, ray.train.TrainingFailedError):
+        raise error
+    cause = _cause(error)
+    if isinstance(cause, DinorayError) and _is_hopeless(cause):
+        raise cause from error
+    what = cause.what if isinstance(cause, DinorayError) else f"{type(cause).__name__}: {_first_line(cause)}"
+    times = spec.job["max_restarts"] + 1
+    raise SystemicError(f"the workers failed {'once' if times == 1 else f'{times} times'}, the last time with: {what}",
+                        where=getattr(cause, "where", "") or spec.out,
+                        todo="mend the cause, then run the same command again: it resumes from the last state") from error
+
+
+def _fit(trainer: TorchTrainer) -> BaseException | None:
+    try:
+        trainer.fit()
+    except Exception as error:  # noqa: BLE001 - handed to the caller's thread, which raises it
+        return error
+    return None
 
 
 def _worker(config: dict[str, Any]) -> None:
     """What Ray Train runs on each worker."""
     import torch
 
-    spec = TrainingSpec(**config)
+    spec = TrainingSpec(**config["spec"])
     if spec.job["device"] == "cpu":
-        torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
+        torch.set_num_threads(config["threads"])
     run_worker(spec, lambda metrics: ray.train.report(metrics))
 
 
-def worker_range(workers: str) -> tuple[int, int]:
-    """`2` -> (2, 2), `1,4` -> (1, 4)."""
-    low, _, high = workers.partition(",")
-    return int(low), int(high or low)
+class EndHopeless(UserCallback):
+    """In Ray's controller: ends the training at once for an error that starting again cannot mend."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Raise it again here: what a callback raises ends a run, what a worker raises starts it anew."""
+        del run_context
+        cause = first_cause(worker_exceptions)
+        if _is_hopeless(cause):
+            raise cause
 
 
-def cpus_per_worker(workers: int, on_cuda: bool) -> int:
-    """CPUs that each worker reserves: what the cluster has, shared evenly; on CUDA a share of the GPU's node.
-
-    Raises BadRequest when that is less than one and the cluster cannot grow.
-    """
-    from dinoray.cluster.resources import may_grow
-
-    total = int(ray.cluster_resources().get("CPU", 0))
-    if total < workers and not may_grow():
-        raise BadRequest(f"{workers} workers do not fit {total} CPUs", where="workers", todo="ask for fewer workers")
-    if on_cuda:
-        return 1
-    return max(1, total // workers) if total else 1
+def first_cause(failures: dict[int, Exception]) -> BaseException:
+    """What started the failure of a group. A worker's own error goes before the broken connections of those beside it."""
+    errors = [_unwrapped(failures[rank]) for rank in sorted(failures)]
+    return min(errors, key=lambda error: 0 if isinstance(error, DinorayError) else 2 if _is_broken_connection(error) else 1)
 
 
-def _ray_folder(spec: TrainingSpec) -> str:
-    """Where Ray Train keeps its own notes; shared by all nodes, as the output is."""
-    return f"{spec.out}/_dinoray/ray"
+def _is_hopeless(error: BaseException) -> bool:
+    """All that dinoray raises on purpose, but for storage and network trouble: it would be the same again."""
+    return isinstance(error, DinorayError) and not isinstance(error, TransientError)
 
 
-def _cause(error: BaseException) -> str:
-    """The last line of what a worker raised."""
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+def _is_broken_connection(error: BaseException) -> bool:
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or "Connection closed by peer" in str(error) or "gloo" in str(error).lower()
+
+
+def _unwrapped(error: BaseException) -> BaseException:
+    """The worker's own exception, out of Ray's wrappings."""
+    inner = getattr(error, "_base_exc", None) or getattr(error, "health_check_failure", None) or \
+        getattr(error, "controller_failure", None)
+    return _unwrapped(inner) if isinstance(inner, BaseException) else error
+
+
+def _cause(error: ray.train.TrainingFailedError) -> BaseException:
+    failures = getattr(error, "worker_failures", None)
+    return first_cause(failures) if failures else _unwrapped(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:500]
+
+
+def ray_storage(out: str) -> dict[str, Any]:
+    """Where Ray Train keeps its own notes (a marker; no checkpoints), as RunConfig takes it: below the output, through the
+    file system that reaches it for us."""
+    if is_local(out):
+        return {"storage_path": f"{local_path(out)}/_dinoray/ray"}
+    fs, path = filesystem(f"{out}/_dinoray/ray", write=True)
+    return {"storage_path": path, "storage_filesystem": pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs))}

@@ -42,7 +42,9 @@ def _plain(error: Any, model: type[BaseModel]) -> str:
 
 
 def _flag(name: str, model: type[BaseModel]) -> str:
-    """`--raw-voxel-size` of `raw_voxel_size`; other names, and `sources`, as they are."""
+    """`--raw-voxel-size` of `raw_voxel_size`; other names, `sources`, and fields of jobs without flags, as they are."""
+    if not issubclass(model, FeatureJob):
+        return name
     return "--" + name.replace("_", "-") if name in model.model_fields and name != "sources" else name
 
 
@@ -59,8 +61,10 @@ def build_job(model: type[Job], values: dict[str, Any]) -> Job:
         raise BadRequest("the job is not valid:\n  " + "\n  ".join(_plain(e, model) for e in found), todo=todo) from error
 
 
-def read_job_file(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
-    """A job's YAML (safe loader) with `key=value` overrides, values read as YAML. Raises BadRequest."""
+def read_job_file(path: str | Path, overrides: list[str] | None = None,
+                  model: type[BaseModel] = ExtractImagesJob) -> dict[str, Any]:
+    """A job's YAML (safe loader) with `key=value` overrides, values read as YAML; `model` names the fields in messages.
+    Raises BadRequest."""
     try:
         values = yaml.safe_load(Path(path).read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no UTF-8, dates such as 2024-13-45
@@ -68,7 +72,7 @@ def read_job_file(path: str | Path, overrides: list[str] | None = None) -> dict[
                          todo="give the path of a YAML file of `field: value` lines") from error
     if not isinstance(values, dict):
         raise BadRequest("a job file is a mapping of field: value", where=str(path),
-                         todo=f"fields: {', '.join(ExtractImagesJob.model_fields)}")
+                         todo=f"fields: {', '.join(model.model_fields)}")
     for override in overrides or []:
         key, equals, text = override.partition("=")
         if not equals:

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from dinoray.config.training import TrainDistanceMapJob
+from dinoray.errors import ItemError, SystemicError
 from dinoray.io.annotations import sample_weights
 from dinoray.training.augmentation import augment, grid_crops, plain_crop
-from dinoray.training.image_pool import ImagePool
+from dinoray.training.image_pool import ImagePool, Pixels
 from dinoray.training.parameters import parameter_groups
 from dinoray.training.sampling import generator, pick
 from dinoray.training.workers import Workers
@@ -39,6 +40,15 @@ class Images(NamedTuple):
     pool: ImagePool
     zooms: np.ndarray
 
+    def read(self, number: int) -> Pixels:
+        """Image `number`. Raises SystemicError where it cannot be read any more: without it the samples would be others."""
+        try:
+            return self.pool.read(number)
+        except ItemError as error:
+            raise SystemicError(f"the labelled image {self.pool.images[number].image_id} could be used before and cannot now: "
+                                f"{error.what}", where=error.where, todo="restore it as it was, then run the same command again: "
+                                "it resumes from the last state") from error
+
 
 class DistanceMapTask:
     """`dinoray.training.loop.Task` of cells."""
@@ -60,7 +70,7 @@ class DistanceMapTask:
         rng = generator(self.job.seed, index)
         numbers = self._of_source[pick(rng, self._shares)]
         number = int(numbers[min(int(rng.random() * len(numbers)), len(numbers) - 1)])
-        found = self.train.pool.read(number)
+        found = self.train.read(number)
         planes = np.broadcast_to(found.planes, (3, *found.labels.shape))
         pixels, labels = augment(planes, found.labels, self.job.crop_px, self.job.augmentation, rng,
                                  zoom=float(self.train.zooms[number]))
@@ -99,7 +109,7 @@ class DistanceMapTask:
         """(image, y0, x0), evenly among all crops that cover the validation images."""
         crops = []
         for number, zoom in enumerate(self.validation.zooms):
-            height, width = self.validation.pool.read(number).labels.shape
+            height, width = self.validation.read(number).labels.shape
             crops += [(number, y, x) for y, x in grid_crops(*zoomed((height, width), zoom), self.job.crop_px)]
         if len(crops) <= self.job.validation_crops:
             return crops
@@ -126,7 +136,7 @@ def zoomed(shape: tuple[int, int], zoom: float) -> tuple[int, int]:
 
 def at_scale(images: Images, number: int) -> tuple[np.ndarray, np.ndarray]:
     """(planes [3, y, x], labels [y, x]) of an image at the scale of the training."""
-    found = images.pool.read(number)
+    found = images.read(number)
     shape = zoomed(found.labels.shape, images.zooms[number])
     planes = np.ascontiguousarray(np.broadcast_to(found.planes, (3, *found.labels.shape)))
     return resample(planes, shape), resample_labels(found.labels, shape)

@@ -6,6 +6,7 @@ The end: the best weights, thresholds chosen on the validation images from store
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -14,9 +15,9 @@ import numpy as np
 import torch
 
 from dinoray.config.training import TrainDistanceMapJob
-from dinoray.errors import OutputDamaged
+from dinoray.errors import OutputDamaged, SystemicError
 from dinoray.failpoints import reach
-from dinoray.io.annotations import LabelledImage
+from dinoray.io.annotations import LabelledImage, digest
 from dinoray.io.stores import Store, open_store
 from dinoray.training.card import model_card
 from dinoray.training.distance_map import DistanceMapTask, Images, at_scale
@@ -24,7 +25,8 @@ from dinoray.training.examples import store_examples
 from dinoray.training.image_pool import ImagePool
 from dinoray.training.labelled_sets import labelled_sets
 from dinoray.training.loop import fit, load_trained
-from dinoray.training.spec import Report, TrainingSpec
+from dinoray.training.spec import Report, TrainingSpec, still_ours
+from dinoray.training.standing import CHECKPOINT
 from dinoray.training.states import load_state
 from dinoray.training.survey import Survey, stored_survey
 from dinoray.training.workers import Workers
@@ -42,8 +44,6 @@ from dinoray.vision.instance_metrics import score_image
 from dinoray.vision.instances import instances
 from dinoray.vision.weights import load_backbone
 
-CHECKPOINT = "checkpoint"
-"""Folder of the output that is the result."""
 PEAKS = tuple(round(0.3 + 0.05 * i, 2) for i in range(9))
 FILLS = tuple(round(0.05 + 0.01 * i, 2) for i in range(0, 16, 2))
 """Thresholds tried (the seeds' grid, with a step of 0.02 and up to 0.19 for the fill)."""
@@ -55,12 +55,17 @@ def run_distance_map(spec: TrainingSpec, workers: Workers, report: Report) -> No
     """Train to the end, or until asked to stop; the last one to finish finds the checkpoint written."""
     job, store = TrainDistanceMapJob(**spec.job), open_store(spec.out)
     model = build_model(job, spec)
-    train, validation = (prepared(job, store, name, images) for name, images in zip(
-        ("train", "validation"), labelled_sets(job), strict=True))
+    listed = dict(zip(("train", "validation"), labelled_sets(job), strict=True))
+    for name, images in listed.items():
+        if spec.inputs.get(name, digest(images)) != digest(images):
+            raise SystemicError(f"the {name} images are not those that the driver listed: they change while they are trained on",
+                                where=store.url, todo="leave them alone, then run the same command again")
+    train, validation = (prepared(job, store, name, images) for name, images in listed.items())
     task = DistanceMapTask(job, spec.fingerprint, model, train, validation)
-    progress = fit(job, task, workers, store, report=report)
+    check = still_ours(spec, store)
+    progress = fit(job, task, workers, store, report=report, check=check, run_name=spec.token)
     if progress.ended:
-        finish(job, spec, task, workers, store)
+        finish(job, spec, task, workers, store, check)
 
 
 def build_model(job: TrainDistanceMapJob, spec: TrainingSpec) -> DistanceMapModel:
@@ -74,7 +79,7 @@ def build_model(job: TrainDistanceMapJob, spec: TrainingSpec) -> DistanceMapMode
 def prepared(job: TrainDistanceMapJob, store: Store, name: str, images: list[LabelledImage]) -> Images:
     """Images that the survey found good, with their zooms. Raises OutputDamaged without a survey."""
     survey = stored_survey(store, name)
-    if survey is None or survey.table.num_rows != len(images):
+    if survey is None or survey.table["image_id"].to_pylist() != [image.image_id for image in images]:
         raise OutputDamaged(f"the survey of the {name} images is missing or of other images",
                             where=f"{store.url}/_dinoray/survey-{name}.parquet", todo="run the training command again")
     zooms = survey.zooms(pixel_size_um=job.pixel_size_um, diameter_px=job.diameter_px)
@@ -88,7 +93,8 @@ def new_pool(job: TrainDistanceMapJob, images: list[LabelledImage]) -> ImagePool
                      percents=(job.scaling_low_percent, job.scaling_high_percent), cache_bytes=job.cache_bytes)
 
 
-def finish(job: TrainDistanceMapJob, spec: TrainingSpec, task: DistanceMapTask, workers: Workers, store: Store) -> None:
+def finish(job: TrainDistanceMapJob, spec: TrainingSpec, task: DistanceMapTask, workers: Workers, store: Store,
+           check: Callable[[], None] = lambda: None) -> None:
     """Thresholds by all workers, then the folder by the first."""
     state = load_state(store, "best", workers.device)
     if state is None or state["fingerprint"] != spec.fingerprint:
@@ -109,6 +115,7 @@ def finish(job: TrainDistanceMapJob, spec: TrainingSpec, task: DistanceMapTask, 
     store_examples(store, task.validation, partial(whole_map, task.model, window=config.crop_px, at_once=job.micro_batch),
                    peak=peak, fill=fill)
     reach("train.checkpoint")
+    check()
     save_checkpoint(store, CHECKPOINT, task.model, config, model_card(config))
     workers.barrier()
 

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from tensorboardX import SummaryWriter
 
 from dinoray.io.stores import LocalStore, Store
+from dinoray.training.standing import PROGRESS_KEY
 
 if TYPE_CHECKING:
     from dinoray.training.loop import Progress
 
-PROGRESS_KEY, HISTORY_KEY, BOARD = "_dinoray/progress.json", "history.json", "tensorboard"
+HISTORY_KEY, BOARD = "history.json", "tensorboard"
 PROGRESS_EVERY_S = 3.0
 _TAGS = {"loss": "train/loss", "lr": "train/lr", "grad_norm": "train/grad_norm", "samples_per_s": "speed/samples_per_s"}
 
@@ -23,13 +24,15 @@ _TAGS = {"loss": "train/loss", "lr": "train/lr", "grad_norm": "train/grad_norm",
 class Journal:
     """Written by the first worker only."""
 
-    def __init__(self, store: Store, step: int, steps: int):
-        self.store, self.steps = store, steps
-        self._told = 0.0
+    def __init__(self, store: Store, progress: Progress, steps: int, workers: int, run: str = ""):
+        """`run` names the driver's run, so that a watcher can tell this one's figures from an earlier one's."""
+        self.store, self.steps, self.workers, self.run = store, steps, workers, run
+        self._told = time.monotonic()
         self._temporary = None if isinstance(store, LocalStore) else tempfile.TemporaryDirectory(prefix="dinoray-board-")
         self.folder = Path(store.root) / BOARD if isinstance(store, LocalStore) else Path(self._temporary.name)  # type: ignore[union-attr]
         # steps after the state that is taken up are computed again: their points are hidden
-        self._board = SummaryWriter(str(self.folder), purge_step=step or None)
+        self._board = SummaryWriter(str(self.folder), purge_step=progress.step + 1)
+        self.store.put(PROGRESS_KEY, json.dumps(self._now(progress)).encode())
 
     def add(self, row: dict[str, float], progress: Progress) -> None:
         """A row of the history, just appended to it."""
@@ -41,14 +44,17 @@ class Journal:
             self._told = time.monotonic()
             self.store.put(PROGRESS_KEY, json.dumps(self._now(progress)).encode())
 
-    def store_now(self, progress: Progress) -> None:
-        """Make what was said durable; called after each saved state."""
+    def keep(self) -> None:
+        """Make the board durable; called before each saved state."""
         self._board.flush()
-        self.store.put(HISTORY_KEY, json.dumps(progress.history).encode())
-        self.store.put(PROGRESS_KEY, json.dumps(self._now(progress)).encode())
         if self._temporary is not None:
             for file in sorted(self.folder.iterdir()):
                 self.store.put(f"{BOARD}/{file.name}", file.read_bytes())
+
+    def store_now(self, progress: Progress) -> None:
+        """Tell where the training stands; called after each saved state."""
+        self.store.put(HISTORY_KEY, json.dumps(progress.history).encode())
+        self.store.put(PROGRESS_KEY, json.dumps(self._now(progress)).encode())
 
     def _now(self, progress: Progress) -> dict[str, Any]:
         """The last figures of each kind."""
@@ -56,7 +62,9 @@ class Journal:
         for row in progress.history[-200:]:
             figures |= row
         return figures | {"step": progress.step, "steps": self.steps, "seconds": round(progress.seconds, 1),
-                          "best_loss": progress.best_loss, "best_step": progress.best_step, "ended": progress.ended}
+                          "best_loss": progress.best_loss if progress.best_step else None, "best_step": progress.best_step,
+                          "ended": progress.ended, "workers": self.workers, "micro_batch": progress.micro_batch,
+                          "run": self.run}
 
     def close(self) -> None:
         """Flush and close the board."""

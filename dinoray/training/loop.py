@@ -18,7 +18,7 @@ from torch import nn
 
 from dinoray.config.training import TrainingJob
 from dinoray.driver import stop_mode
-from dinoray.errors import ChangedRequest, OutputDamaged
+from dinoray.errors import ChangedRequest, OutputDamaged, SystemicError, TransientError
 from dinoray.failpoints import reach
 from dinoray.io.stores import Store
 from dinoray.training.averaging import RunningMean
@@ -67,6 +67,7 @@ class Progress:
     seconds: float = 0.0
     """Wall time of the steps and validations so far, over all runs."""
     micro_batch: int = 0
+    """What running out of memory has left of the job's; 0 is all of it."""
     ended: str = ""
     """`steps` or `patience` when training is over."""
     history: list[dict[str, float]] = field(default_factory=list)
@@ -79,10 +80,13 @@ def autocast_dtype(precision: str) -> torch.dtype | None:
 
 
 def fit(job: TrainingJob, task: Task, workers: Workers, store: Store, *,
-        report: Callable[[dict[str, float]], None] = lambda metrics: None) -> Progress:
+        report: Callable[[dict[str, float]], None] = lambda metrics: None, check: Callable[[], None] = lambda: None,
+        run_name: str = "") -> Progress:
     """Train (or go on) until `job.steps`, early stop, or a request to stop; the progress says which.
 
-    `report` is called on every worker after each saved state. Raises ChangedRequest when the state is another job's.
+    `report` is called on every worker after each saved state. `check` is called by the first worker before it writes, and
+    raises when it must not any more. Raises ChangedRequest when the state is another job's, SystemicError when a sample or a
+    step cannot be computed.
     """
     model = task.model.to(workers.device)
     workers.same_start_([*model.parameters(), *model.buffers()])
@@ -90,12 +94,17 @@ def fit(job: TrainingJob, task: Task, workers: Workers, store: Store, *,
     peaks = [group["lr"] for group in optimizer.param_groups]
     mean = RunningMean(model, job.ema_decay) if job.ema_decay else None
     progress = _take_up(task, model, optimizer, mean, store, workers)
-    stepper = Stepper(model, optimizer, task.loss, workers, micro_batch=progress.micro_batch or job.micro_batch,
+    micro_batch = min(progress.micro_batch or job.micro_batch, job.micro_batch)
+    stepper = Stepper(model, optimizer, task.loss, workers, micro_batch=micro_batch,
                       clip_norm=job.clip_norm, autocast=autocast_dtype(job.precision))
-    journal = Journal(store, progress.step, job.steps) if workers.is_first else None
+    journal = None
+    if workers.is_first:
+        check()
+        journal = Journal(store, progress, job.steps, workers.world, run_name)
     ahead = Ahead(task.sample, (workers.share(micro_batches(step, job.batch_size, job.micro_batch))
                                 for step in range(progress.step, job.steps)), threads=job.data_threads)
-    run = _Run(job, task, workers, store, model, optimizer, mean, stepper, progress, journal, report)
+    run = _Run(job, task, workers, store, model, optimizer, mean, stepper, progress, journal, report, check,
+               saved=(progress.step, progress.ended) if progress.step else (-1, ""))
     try:
         while not progress.ended:
             if progress.step >= job.steps:
@@ -142,6 +151,9 @@ def load_trained(model: nn.Module, tensors: dict[str, torch.Tensor], where: str)
 def _take_up(task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, mean: RunningMean | None, store: Store,
              workers: Workers) -> Progress:
     state = load_state(store, "last", workers.device)
+    step = state["progress"]["step"] if state else 0
+    if workers.total(step)[0] != workers.world * step:
+        raise TransientError("the workers have not read the same state", where=store.url, todo="they are started again")
     if state is None:
         return Progress()
     if state["fingerprint"] != task.fingerprint:
@@ -169,6 +181,7 @@ class _Run:
     progress: Progress
     journal: Journal | None
     report: Callable[[dict[str, float]], None]
+    check: Callable[[], None]
     began: float = field(default_factory=time.monotonic)
     looked: float = field(default_factory=time.monotonic)
     marked: float = field(default_factory=time.monotonic)
@@ -176,7 +189,7 @@ class _Run:
     stepping_s: float = 0.0
     """Seconds in the steps of `losses`, without validations and saving."""
     saved: tuple[int, str] = (-1, "")
-    """Step and `ended` of the newest state of this run."""
+    """Step and `ended` of the newest state."""
     losses: list[float] = field(default_factory=list)
     """Of the steps since the last logged one."""
 
@@ -193,6 +206,8 @@ class _Run:
 
     def after_step(self, loss: float, grad_norm: float, lr: float) -> None:
         job, progress = self.job, self.progress
+        if self.stepper.micro_batch < job.micro_batch:
+            progress.micro_batch = self.stepper.micro_batch
         self.losses.append(loss)
         self.stepping_s += time.monotonic() - self.stepping_since
         step = progress.step
@@ -218,8 +233,12 @@ class _Run:
     def _validate(self) -> None:
         job, progress = self.job, self.progress
         self.model.eval()
-        with self._averaged(), torch.inference_mode():
-            figures = self.task.validate(self.workers)
+        try:
+            with self._averaged(), torch.inference_mode():
+                figures = self.task.validate(self.workers)
+        except torch.OutOfMemoryError as error:
+            raise SystemicError("the validation does not fit the device's memory", where=str(self.workers.device),
+                                todo="lower micro_batch, then run the same command again: it resumes") from error
         row = {"step": progress.step, **{f"val_{name}": value for name, value in figures.items()}}
         progress.history.append(row)
         if figures["loss"] < progress.best_loss * (1 - job.min_improvement) or progress.best_step == 0:
@@ -229,6 +248,7 @@ class _Run:
         if figures["loss"] < progress.best_loss:
             progress.best_loss, progress.best_step = figures["loss"], progress.step
             if self.workers.is_first:
+                self.check()
                 with self._averaged():
                     save_state(self.store, "best", progress.step, {"fingerprint": self.task.fingerprint, "step": progress.step,
                                                                    "model": trained_tensors(self.model)})
@@ -248,7 +268,9 @@ class _Run:
         self.saved = progress.step, progress.ended
         self._tick()
         if self.workers.is_first:
-            progress.micro_batch = self.stepper.micro_batch
+            self.check()
+            if self.journal is not None:
+                self.journal.keep()  # before the state: what a resumed run does not say again must be said
             state = {"fingerprint": self.task.fingerprint, "progress": vars(progress).copy(), "model": trained_tensors(self.model),
                      "optimizer": self.optimizer.state_dict(), "mean": None if self.mean is None else self.mean.tensors}
             save_state(self.store, "last", progress.step, state)

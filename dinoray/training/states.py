@@ -15,10 +15,11 @@ import torch
 
 from dinoray.errors import OutputDamaged
 from dinoray.failpoints import reach
-from dinoray.io.stores import Store
+from dinoray.io.stores import LocalStore, Store
 
 PREFIX = "_dinoray/states"
 Kind = Literal["last", "best"]
+_TODO = "restore it from a copy, or delete the output's _dinoray/states to begin anew"
 
 
 def save_state(store: Store, kind: Kind, step: int, state: dict[str, Any]) -> None:
@@ -40,13 +41,19 @@ def load_state(store: Store, kind: Kind, device: torch.device | str = "cpu") -> 
     """The state that `<kind>.json` points at, or None. Raises OutputDamaged when it is not what was written."""
     try:
         pointer = json.loads(store.get(f"{PREFIX}/{kind}.json"))
+        key, digest = pointer["key"], pointer["sha256"]
     except FileNotFoundError:
         return None
-    where, todo = f"{store.url}/{pointer['key']}", "delete the output's _dinoray/states to begin anew, or restore it from a copy"
+    except (ValueError, KeyError, TypeError) as error:
+        raise OutputDamaged(f"what points at the {kind} state cannot be read: {error!r}", where=f"{store.url}/{PREFIX}/{kind}.json",
+                            todo=_TODO) from error
+    where = f"{store.url}/{key}"
     try:
-        data = store.get(pointer["key"])
+        # a local file is read twice, never held whole beside the tensors that come out of it
+        with store.open(key) if isinstance(store, LocalStore) else io.BytesIO(store.get(key)) as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                raise OutputDamaged("a saved state is not what was written", where=where, todo=_TODO)
+            file.seek(0)
+            return torch.load(file, map_location=device, weights_only=True)
     except FileNotFoundError as error:
-        raise OutputDamaged("a saved state is missing", where=where, todo=todo) from error
-    if hashlib.sha256(data).hexdigest() != pointer["sha256"]:
-        raise OutputDamaged("a saved state is not what was written", where=where, todo=todo)
-    return torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+        raise OutputDamaged("a saved state is missing", where=where, todo=_TODO) from error

@@ -7,6 +7,7 @@ left out, and above a share the training is refused before it starts.
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ SURVEY_SCHEMA = pa.schema([
     ("reason", pa.string()), ("message", pa.string()),
 ])
 MAX_BAD_FRACTION = 0.1
+CHUNK = 256
+TOLD_EVERY_S = 10.0
 DIAMETERS_KEPT = 2000
 """Diameters kept per image, evenly among them by size: their pooled median is what the checkpoint records."""
 
@@ -60,8 +63,12 @@ class Survey:
 
 
 def survey_images(images: list[LabelledImage], pool: ImagePool, *, threads: int, pixel_size_needed: bool,
-                  say: Callable[[str], None]) -> Survey:
-    """Read every image once. Raises BadRequest when more than a tenth cannot be used, or none can."""
+                  say: Callable[[str], None], name: str = "", check: Callable[[], None] = lambda: None) -> Survey:
+    """Read every image once. `check` is called now and then, and raises to end it.
+
+    Raises BadRequest when more than a tenth cannot be used, none of a source can, or none has a cell; `name` is the field of the
+    job that they are of.
+    """
     def look(number: int) -> dict:
         image = images[number]
         row = {"image_id": image.image_id, "source": image.source}
@@ -80,18 +87,31 @@ def survey_images(images: list[LabelledImage], pool: ImagePool, *, threads: int,
                       "width": pixels.labels.shape[1], "objects": len(sizes),
                       "median_diameter_px": float(np.median(sizes)) if len(sizes) else None, "diameters_px": kept.tolist()}
 
+    rows, told = [], time.monotonic()
     with ThreadPoolExecutor(threads, thread_name_prefix="survey") as threads_:
-        table = pa.Table.from_pylist(list(threads_.map(look, range(len(images)))), schema=SURVEY_SCHEMA)
+        for begin in range(0, len(images), CHUNK):  # in parts: an interrupted one leaves no queue of millions behind
+            rows += threads_.map(look, range(begin, min(begin + CHUNK, len(images))))
+            check()
+            if time.monotonic() - told >= TOLD_EVERY_S:
+                told = time.monotonic()
+                say(f"looked at {len(rows)} of {plural(len(images), 'labelled image')}")
+    table = pa.Table.from_pylist(rows, schema=SURVEY_SCHEMA)
     bad = [row for row in table.to_pylist() if row["reason"] is not None]
     for row in bad[:10]:
         say(f"left out: {row['image_id']}: {row['reason']}: {row['message'].splitlines()[0]}")
     if len(bad) > MAX_BAD_FRACTION * len(images) or len(bad) == len(images):
         raise BadRequest(f"{len(bad)} of {plural(len(images), 'labelled image')} cannot be used, e.g. {bad[0]['image_id']}: "
-                         f"{bad[0]['message']}", todo="mend or remove them (docs/training-data.md says what is read)")
+                         f"{bad[0]['message']}", where=name, todo="mend or remove them (docs/training-data.md says what is read)")
+    usable = {row["source"] for row in rows if row.get("reason") is None}
+    for row in bad:
+        if row["source"] not in usable:
+            raise BadRequest(f"not one image of source {row['source']} can be used, e.g. {row['image_id']}: {row['message']}",
+                             where=f"{name}.{row['source']}" if name else "", todo="mend it, or leave it out of the job")
     if bad:
         say(f"{plural(len(bad), 'labelled image')} of {len(images)} left out; all of them with reasons: _dinoray/survey-*.parquet")
     if not sum(n or 0 for n in table["objects"].to_pylist()):
-        raise BadRequest("not one labelled image has a cell", todo="labels are 0 on background and a number on each cell")
+        raise BadRequest(f"not one labelled image{f' for {name}' if name else ''} has a cell", where=name,
+                         todo="labels are 0 on background and a number on each cell")
     return Survey(table)
 
 

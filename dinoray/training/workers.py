@@ -65,7 +65,7 @@ class Workers:
         """Give every worker the first one's values."""
         if self.joined:
             for tensor in tensors:
-                dist.broadcast(tensor, src=0)
+                dist.broadcast(tensor.detach(), src=0)
 
     def barrier(self) -> None:
         """Wait for all."""

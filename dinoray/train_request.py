@@ -1,0 +1,93 @@
+"""What a training is asked for: the job with every `auto` and path settled, its identity, and whose the output is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dinoray.config import TrainDistanceMapJob, canonical_json
+from dinoray.errors import BadRequest, ChangedRequest, OutputDamaged
+from dinoray.io.annotations import LabelledImage
+from dinoray.io.annotations import digest as listing_digest
+from dinoray.io.stores import Store, is_local, local_path
+from dinoray.request import KEY, differences
+from dinoray.vision.backbone import Backbone
+
+FORMAT = 1
+"""Version of the rules of a training; a new one cannot resume an old output."""
+_OTHERS = ("_dinoray/tmp/", "_dinoray/driver.json", "_dinoray/stop.json")
+"""What may lie in a folder that is otherwise empty."""
+
+
+def settled(job: TrainDistanceMapJob, *, has_cuda: bool) -> TrainDistanceMapJob:
+    """The job with every `auto` decided and local paths absolute. Raises BadRequest for what cannot be trained."""
+    if job.model is None and job.weights is None:
+        raise BadRequest("no model was named", where="model", todo="say e.g. model: vits16 (official weights), or with "
+                         "`weights: random` and a backbone_learning_rate to train from scratch")
+    weights = f"{job.weights}:0" if job.weights == "random" else job.weights
+    if (weights or "").startswith("random") and job.backbone_learning_rate is None:
+        raise BadRequest("a frozen backbone with random weights sees nothing", where="weights",
+                         todo="give backbone_learning_rate to train it from scratch, or real weights")
+    device = job.device if job.device != "auto" else ("cuda" if has_cuda else "cpu")
+    if device == "cuda" and not has_cuda and job.no_ray:
+        raise BadRequest("there is no CUDA device here", where="device", todo="use device=cpu")
+    precision = job.precision if job.precision != "auto" else ("bfloat16" if device == "cuda" else "float32")
+    return absolute_paths(job.model_copy(update={"weights": weights, "device": device, "precision": precision}))
+
+
+def absolute_paths(job: TrainDistanceMapJob) -> TrainDistanceMapJob:
+    """The job with absolute local paths, so that workers and a resumed run mean the same files."""
+    def sources(given):
+        changed = []
+        for source in given:
+            update = {name: str(local_path(url)) for name in ("images", "labels")
+                      if (url := getattr(source, name)) is not None and is_local(url)}
+            if isinstance(source.ids, str) and is_local(source.ids):
+                file, _, key = source.ids.partition("#")
+                update["ids"] = f"{local_path(file)}#{key}"
+            changed.append(source.model_copy(update=update))
+        return tuple(changed)
+
+    out = str(local_path(job.out)) if is_local(job.out) else job.out.rstrip("/")
+    weights = job.weights
+    if weights and is_local(weights) and Path(weights).expanduser().exists():
+        weights = str(local_path(weights))
+    staging = str(local_path(job.staging)) if job.staging and is_local(job.staging) else job.staging
+    return job.model_copy(update={"out": out, "weights": weights, "staging": staging, "train": sources(job.train),
+                                  "validation": sources(job.validation)})
+
+
+def identity_of(job: TrainDistanceMapJob, backbone: Backbone, train: list[LabelledImage],
+                validation: list[LabelledImage]) -> dict[str, Any]:
+    """All that changes what is learned: settings, weights by digest, inputs by the digest of their listing."""
+    settings = {k: v for k, v in job.result_settings().items() if k not in ("model", "train", "validation")}
+    sources = [source.model_dump(mode="json", exclude={"images", "labels", "ids"}) for source in (*job.train, *job.validation)]
+    return {"format": FORMAT, "kind": job.kind, "settings": settings, "sources": sources, "model": backbone.config.name,
+            "weights_digest": backbone.digest,
+            "inputs": {"train": listing_digest(train), "validation": listing_digest(validation)}}
+
+
+def check_training(store: Store, fingerprint: str, identity: dict[str, Any]) -> bool:
+    """Whether the output is this training's already. Raises BadRequest, ChangedRequest when it is something else's,
+    OutputDamaged when its record cannot be read."""
+    try:
+        record = json.loads(store.get(KEY))
+        before, then = record["fingerprint"], record.get("identity", {})
+    except FileNotFoundError:
+        stray = next((key for key, _ in store.list() if not key.startswith(_OTHERS)), None)
+        if stray is not None:
+            raise BadRequest(f"the output folder is not empty and not dinoray's (it holds {stray})", where=store.url,
+                             todo="choose a new or empty folder for out") from None
+        return False
+    except NotADirectoryError as error:
+        raise BadRequest("the output folder is a file, or lies below one", where=store.url,
+                         todo="choose a new or empty folder for out") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise OutputDamaged(f"the record of the job cannot be read: {error!r}", where=f"{store.url}/{KEY}",
+                            todo="restore it from a copy, or use another out") from error
+    if before != fingerprint:
+        changes = differences(then, json.loads(canonical_json(identity)))
+        raise ChangedRequest("this output was made with other settings or data:\n  " + "\n  ".join(changes[:20]), where=store.url,
+                             todo="use another out, or the same settings to resume")
+    return True

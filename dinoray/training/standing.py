@@ -1,0 +1,108 @@
+"""Where a training stands, from what its first worker notes beside the output: for whoever watches, and for `status`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from dinoray.errors import DinorayError
+from dinoray.io.stores import LocalStore, Store
+
+logger = logging.getLogger(__name__)
+
+PROGRESS_KEY, CHECKPOINT = "_dinoray/progress.json", "checkpoint"
+"""The last figures; the folder of the output that is the result."""
+WATCH_S, TELL_S = 1.0, 10.0
+"""How often a watcher looks (five times as long on remote stores), and tells at most."""
+
+
+def read_progress(store: Store) -> dict[str, Any]:
+    """Last figures of a training; empty before the first."""
+    try:
+        return json.loads(store.get(PROGRESS_KEY))
+    except FileNotFoundError:
+        return {}
+
+
+def finished(store: Store, fingerprint: str) -> bool:
+    """Whether the training has ended and its checkpoint is written."""
+    try:
+        config = json.loads(store.get(f"{CHECKPOINT}/config.json"))
+    except FileNotFoundError:
+        return False
+    return bool(read_progress(store).get("ended")) and config.get("training", {}).get("fingerprint") == fingerprint
+
+
+def figures(progress: dict[str, Any]) -> str:
+    """`step 20/100  loss 0.03  validation loss 0.02 ...`."""
+    words = [f"step {progress['step']}/{progress['steps']}"]
+    words += [f"{name.replace('val_', 'validation ')} {progress[name]:.4g}"
+              for name in ("loss", "val_loss", "lr", "samples_per_s") if name in progress]
+    return "  ".join(words)
+
+
+def standing_lines(store: Store, record: dict[str, Any]) -> Iterator[str]:
+    """What `status` says of a training; `record` is its job.json."""
+    progress = read_progress(store)
+    yield f"{record['fingerprint']}  {record['kind']}  {store.url}"
+    if not progress:
+        yield "no step yet"
+        return
+    yield figures(progress) + f"  {progress.get('seconds', 0.0):.0f} s so far"
+    if progress.get("best_step"):
+        yield f"best validation loss {progress['best_loss']:.4g} at step {progress['best_step']}"
+    if finished(store, record["fingerprint"]):
+        yield f"ended by {progress['ended']}; checkpoint {store.url}/{CHECKPOINT}"
+    else:
+        yield f"not finished; resume with: {record.get('command') or 'the same command'}"
+
+
+class Watch(threading.Thread):
+    """Tells the progress that the first worker notes, from wherever it runs. `run` is the driver's token: what another run
+    noted is not told again."""
+
+    def __init__(self, store: Store, run: str, say: Callable[[str], None]):
+        super().__init__(daemon=True, name="watch")
+        self.store, self.run_name, self.say = store, run, say
+        self.begun = False
+        """Whether this run's workers are at work."""
+        self._end = threading.Event()
+        self._told, self._next, self._micro_batch = -1, 0.0, 0
+
+    def __enter__(self) -> Watch:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self.join()
+
+    def run(self) -> None:
+        while not self._end.wait(WATCH_S if isinstance(self.store, LocalStore) else 5 * WATCH_S):
+            self._look()
+        self._next = 0.0
+        self._look()
+
+    def _look(self) -> None:
+        try:
+            found = read_progress(self.store)
+        except (DinorayError, OSError) as error:  # the work itself will say what is wrong with the storage
+            logger.warning("the progress of the training could not be read: %s", error)
+            return
+        if not found or found.get("run") != self.run_name:
+            return
+        if not self.begun:
+            self.begun, self._told = True, found["step"]
+            if found["step"]:
+                self.say(f"going on from step {found['step']}")
+            self._micro_batch = found["micro_batch"]
+        if found["micro_batch"] != self._micro_batch:
+            self._micro_batch = found["micro_batch"]
+            self.say(f"a device ran out of memory: micro-batches of {self._micro_batch} from here on")
+        if found["step"] != self._told and time.monotonic() >= self._next:
+            self._told, self._next = found["step"], time.monotonic() + TELL_S
+            self.say(figures(found))
