@@ -18,9 +18,12 @@ from dinoray.io.training_examples import Example, store_examples
 from dinoray.report.html import write_report
 from dinoray.report.training_page import render_training
 from dinoray.report.training_records import is_training, open_training
+from dinoray.train import train_distance_map
 from dinoray.training.survey import SURVEY_SCHEMA, Survey, store_survey
+from dinoray.vision.instance_metrics import score_image
 from dinoray.vision.targets import distance_map
 from tests.report.test_report import HOSTILE, Tags
+from tests.training.toys import disc_job, make_discs
 from tests.vision.labels import four_cells
 
 HISTORY = [row for step in range(10, 101, 10) for row in (
@@ -137,3 +140,19 @@ def test_other_outputs_are_no_trainings(tmp_path: Path) -> None:
         if text is not None:
             store.put("_dinoray/job.json", text)
         assert not is_training(store)
+
+
+@pytest.mark.slow
+def test_a_real_training_leaves_what_its_page_shows(tmp_path: Path) -> None:
+    job = disc_job(make_discs(tmp_path / "in"), tmp_path / "out")
+    train_distance_map(TrainDistanceMapJob(**job), say=lambda line: None)
+    found = open_training(open_store(str(tmp_path / "out")))
+    assert found.examples and found.checkpoint is not None and found.progress["ended"] == "steps"
+    assert {one.image_id for one in found.examples} <= set(found.surveys["validation"]["image_id"].to_pylist())
+    for one in found.examples:
+        score = score_image(one.cells, one.labels, thresholds=(0.5,))
+        union = score.pred + score.truth - score.tp[0]
+        assert one.ap50 == (score.tp[0] / union if union else 1.0)
+        assert np.array_equal(one.target, distance_map(one.labels).astype(np.float16)) and one.labels.max() > 0
+    text = Tags(Path(write_report(str(tmp_path / "out"))).read_text()).text
+    assert "checkpoint written" in text and all(one.image_id in text for one in found.examples)
