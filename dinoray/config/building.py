@@ -43,7 +43,7 @@ def _plain(error: Any, model: type[BaseModel]) -> str:
 
 def _flag(name: str, model: type[BaseModel]) -> str:
     """`--raw-voxel-size` of `raw_voxel_size`; other names, `sources`, and fields of jobs without flags, as they are."""
-    if not issubclass(model, FeatureJob):
+    if not issubclass(model, UnitJob):
         return name
     return "--" + name.replace("_", "-") if name in model.model_fields and name != "sources" else name
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -72,16 +73,36 @@ def encode_zarr(labels: np.ndarray, pixel_size_um: float | None = None) -> dict[
 
 def read_mask(store: Store, key: str) -> np.ndarray:
     """The mask `key` of an output as int32 [Y, X]. Raises OutputDamaged when it is missing or cannot be read."""
-    todo = "`dinoray verify --deep` lists all damage"
+    with _told(store, key):
+        labels = tifffile.imread(io.BytesIO(store.get(key))) if key.endswith(SUFFIXES["tiff"]) else _zarr(store, key)[:]
+        return np.ascontiguousarray(labels, np.int32)
+
+
+def read_mask_part(store: Store, key: str, rows: slice, columns: slice) -> np.ndarray:
+    """A part of the mask `key` as int32 [y, x], for masks that are too large to be decoded whole. Memory: the compressed mask,
+    and the tiles that the part touches. Raises OutputDamaged as `read_mask`."""
+    with _told(store, key):
+        if not key.endswith(SUFFIXES["tiff"]):
+            return np.ascontiguousarray(_zarr(store, key)[rows, columns], np.int32)
+        with tifffile.TiffFile(io.BytesIO(store.get(key))) as file:
+            tiles = zarr.open_array(file.pages[0].aszarr(), mode="r")  # type: ignore[union-attr]
+            return np.ascontiguousarray(tiles[rows, columns], np.int32)
+
+
+def _zarr(store: Store, key: str) -> zarr.Array:
+    """The pixels of an OME-Zarr mask, undecoded in memory."""
+    objects = {name.removeprefix(f"{key}/0/"): store.get(name) for name, _ in store.list(f"{key}/0")}
+    memory = {name: zarr.core.buffer.default_buffer_prototype().buffer.from_bytes(data) for name, data in objects.items()}
+    return zarr.open_array(MemoryStore(memory), mode="r")
+
+
+@contextmanager
+def _told(store: Store, key: str) -> Iterator[None]:
+    """Raises OutputDamaged for whatever shows that a mask is missing or damaged."""
+    where, todo = f"{store.url}/{key}", "`dinoray verify --deep` lists all damage"
     try:
-        if key.endswith(SUFFIXES["tiff"]):
-            labels = tifffile.imread(io.BytesIO(store.get(key)))
-        else:
-            objects = {name.removeprefix(f"{key}/0/"): store.get(name) for name, _ in store.list(f"{key}/0")}
-            memory = {name: zarr.core.buffer.default_buffer_prototype().buffer.from_bytes(data) for name, data in objects.items()}
-            labels = zarr.open_array(MemoryStore(memory), mode="r")[:]
+        yield
     except FileNotFoundError as error:
-        raise OutputDamaged("a mask is missing", where=f"{store.url}/{key}", todo=todo) from error
-    except (ValueError, OSError, KeyError, RuntimeError, tifffile.TiffFileError) as error:
-        raise OutputDamaged(f"a mask cannot be read: {error!r}", where=f"{store.url}/{key}", todo=todo) from error
-    return np.ascontiguousarray(labels, np.int32)
+        raise OutputDamaged("a mask is missing", where=where, todo=todo) from error
+    except (ValueError, OSError, KeyError, IndexError, RuntimeError, tifffile.TiffFileError) as error:
+        raise OutputDamaged(f"a mask cannot be read: {error!r}", where=where, todo=todo) from error

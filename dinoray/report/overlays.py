@@ -1,6 +1,7 @@
 """Pictures of segmented images: the image as the model saw it, and the outlines of its cells to lie over it.
 
-Of an image larger than `WINDOW` px the window with most cell area is shown, so that outlines can be told apart. An image
+Of an image larger than `WINDOW` px the window with most cell area is shown, so that outlines can be told apart; of one that
+is too large to be decoded for a picture, the cells in its middle alone. An image
 that cannot be read again is told of, and its cells are shown as coloured areas.
 """
 
@@ -16,7 +17,7 @@ from PIL import Image
 from dinoray.errors import DinorayError, ItemError
 from dinoray.io.images import load_item
 from dinoray.io.items import Item
-from dinoray.io.mask_files import read_mask
+from dinoray.io.mask_files import read_mask, read_mask_part
 from dinoray.report import outlines
 from dinoray.report.gallery import planned_items
 from dinoray.report.pictures import LIMITS, READERS, as_uint8, data_uri, one_line, read_scaling, shrink
@@ -88,17 +89,20 @@ def _draw(run: Run, found: Found, row: int, why: str, item: Item, scaling: Scali
     record = {name: found.images[name][row].as_py() for name in found.images.column_names}
     height, width = record["height"], record["width"]
     overlay = Overlay(item.item_id, why, _facts(record))
-    if height * width > LIMITS.max_pixels:
-        overlay.problem = "the image is too large to be read for a picture"
-        return overlay
-    labels = read_mask(run.store, record["mask"])
-    y, x = densest_window(labels)
-    part = labels[y:y + WINDOW, x:x + WINDOW]
+    is_large = height * width > LIMITS.max_pixels
+    if is_large:  # its middle, without the image: that would be decoded whole
+        y, x = (max(0, (side - WINDOW) // 2) for side in (height, width))
+        part, where = read_mask_part(run.store, record["mask"], slice(y, y + WINDOW), slice(x, x + WINDOW)), "its middle"
+    else:
+        labels = read_mask(run.store, record["mask"])
+        y, x = densest_window(labels)
+        part, where = labels[y:y + WINDOW, x:x + WINDOW], "where most cells are"
     shown = outlines.display_size(*part.shape, SIDE)
     overlay.aspect, overlay.small = f"{shown[1]} / {shown[0]}", max(part.shape) * 4 <= SIDE
-    if part.shape != labels.shape:
-        overlay.part = f"shown: {part.shape[1]:,} × {part.shape[0]:,} px from x {x:,}, y {y:,}, where most cells are"
-    pixels, overlay.problem = _image(run, item, labels.shape, scaling)
+    if part.shape != (height, width):
+        overlay.part = f"shown: {part.shape[1]:,} × {part.shape[0]:,} px from x {x:,}, y {y:,}, {where}"
+    pixels, overlay.problem = (None, "the image is too large to be read again for a picture") if is_large else \
+        _image(run, item, (height, width), scaling)
     if pixels is None:
         overlay.outlines = outlines.filled_cells(part, *shown)
     else:

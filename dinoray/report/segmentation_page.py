@@ -23,6 +23,8 @@ from dinoray.report.segmented import Found, border_shares, intensity_column, rea
 PLATES_LISTED = 12
 LISTED = 4
 """Images listed for each reason to look at them."""
+BLURRED = 3
+"""An image is listed for its focus where that is so many times below the median image's."""
 ENOUGH_CELLS = 5
 """Images of fewer cells say little by the share of their cells at the border."""
 
@@ -133,7 +135,7 @@ def _listed(found: Found) -> list[dict[str, Any]]:
                for row in np.argsort(-far, kind="stable")[:LISTED] if far[row] > np.log(1.5)]
     wanted += [(int(row), "no cells") for row in np.flatnonzero(counts == 0)[:LISTED]]
     wanted += [(int(row), f"little focus: {number(float(focus[row]))}") for row in np.argsort(focus, kind="stable")[:LISTED]
-               if counts[row] and len(counts) > LISTED]
+               if counts[row] and focus[row] < np.median(focus) / BLURRED]
     said: dict[int, list[str]] = {}
     for row, why in wanted:
         said.setdefault(row, []).append(why)

@@ -158,6 +158,7 @@ def assert_same_training(one: Path, other: Path) -> None:
         histories = [json.loads((out / "history.json").read_text()) for out in (out_a, out_b)]
         assert timeless(histories[0]) == timeless(histories[1])
         assert (out_a / "checkpoint/model.safetensors").read_bytes() == (out_b / "checkpoint/model.safetensors").read_bytes()
+        assert (out_a / "_dinoray/examples.npz").read_bytes() == (out_b / "_dinoray/examples.npz").read_bytes()
         configs = [json.loads((out / "checkpoint/config.json").read_text()) for out in (out_a, out_b)]
         for config in configs:
             assert config["training"].pop("seconds") >= 0
