@@ -13,7 +13,11 @@ import sys
 from functools import cache
 
 ARENAS = 2
-_M_ARENA_MAX = -8
+KEPT_BYTES = 64 * 2**20
+"""What a thread's arena keeps of freed memory at its end: one heap of glibc's."""
+_MMAP_BYTES = 32 * 2**20
+"""Blocks above this are mapped one by one, the most that glibc would set by itself."""
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 
 @cache
@@ -29,6 +33,19 @@ def share_arenas() -> None:
     libc = _libc()
     if libc is not None:
         libc.mallopt(_M_ARENA_MAX, ARENAS)
+
+
+def keep_freed() -> None:
+    """Let every arena keep up to KEPT_BYTES of freed memory instead of a few MB (mallopt(3)); for threads that compute.
+
+    A forward frees and takes the same tens of MB a hundred times. In the main thread glibc learns to keep them; in other
+    threads it gives them back every time, and a window of 256 px (ViT-S/16, bfloat16) took 54 ms instead of 44, 13 of them
+    in the kernel for 6,500 page faults.
+    """
+    libc = _libc()
+    if libc is not None:
+        libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
+        libc.mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def give_back() -> None:

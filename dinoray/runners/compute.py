@@ -6,6 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from dinoray.memory.allocator import keep_freed
+
 
 class ComputePool(ThreadPoolExecutor):
     """While it is open, torch computes on one thread wherever it is called from: parallel over batches instead (see
@@ -16,6 +18,7 @@ class ComputePool(ThreadPoolExecutor):
         self.threads = 1 if self.on_cuda else threads
         self._threads_before = torch.get_num_threads()
         if not self.on_cuda:
+            keep_freed()
             torch.set_num_threads(1)
         super().__init__(self.threads, thread_name_prefix="compute", initializer=None if self.on_cuda else _one_thread)
 

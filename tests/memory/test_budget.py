@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dinoray.memory.budget import default_token_budget, micro_batch, padded_batch
+from dinoray.memory.budget import decoded_tokens, default_token_budget, micro_batch, padded_batch
 from dinoray.memory.meter import available_cores, rss_peak, tree_uss, uss
 from dinoray.vision.variants import VARIANTS
 
@@ -71,3 +71,10 @@ def test_a_tree_of_processes_counts_its_children() -> None:
         assert tree_uss() > uss() + 50e6
     finally:
         child.communicate(b"\n", timeout=20)
+
+
+def test_a_window_with_a_decoder_costs_what_the_larger_of_the_two_needs() -> None:
+    small = decoded_tokens(tokens=261, dim=384, taps=4, pixels=256 * 256, pixel_values=1)
+    assert small == 261, "a decoder that needs less than the backbone did costs nothing"
+    large = decoded_tokens(tokens=261, dim=384, taps=4, pixels=256 * 256, pixel_values=136)
+    assert (large - 1) * 16 * 384 < 4 * 261 * 384 + 136 * 256 * 256 <= large * 16 * 384
