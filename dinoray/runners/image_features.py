@@ -193,7 +193,7 @@ class ImageFeatureRunner(UnitRunner):
                             attributes={"dinoray": self.plan.facts["described"]})
         batches = Gathering(
             self._compute, self.extractor.extract, full=lambda crop: self.extractor.micro_batch(*crop.pixels.shape[1:]),
-            take=lambda owners, result: self._take(state, owners, result, dense, part), seconds=seconds)
+            take=lambda owners, result: self._fill(state, owners, result, dense, part), seconds=seconds)
         entries = iter(loaded)
         for position in range(len(unit.items)):
             began = time.monotonic()
@@ -228,7 +228,7 @@ class ImageFeatureRunner(UnitRunner):
 
         return finish
 
-    def _take(self, state: _UnitState, owners: Sequence[tuple[int, int]], result: dict[str, np.ndarray] | ItemError,
+    def _fill(self, state: _UnitState, owners: Sequence[tuple[int, int]], result: dict[str, np.ndarray] | ItemError,
               dense: DenseWriter, part: str) -> None:
         """Put a batch's features into its rows."""
         self.beats += 1
