@@ -8,9 +8,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tensorboardX import SummaryWriter
-
 from dinoray.io.stores import LocalStore, Store
+from dinoray.training.board import Board
 from dinoray.training.standing import PROGRESS_KEY
 
 if TYPE_CHECKING:
@@ -30,8 +29,8 @@ class Journal:
         self._told = time.monotonic()
         self._temporary = None if isinstance(store, LocalStore) else tempfile.TemporaryDirectory(prefix="dinoray-board-")
         self.folder = Path(store.root) / BOARD if isinstance(store, LocalStore) else Path(self._temporary.name)  # type: ignore[union-attr]
-        # steps after the state that is taken up are computed again: their points are hidden
-        self._board = SummaryWriter(str(self.folder), purge_step=progress.step + 1)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._board = Board(self.folder, progress.step + 1)
         self.store.put(PROGRESS_KEY, json.dumps(self._now(progress)).encode())
 
     def add(self, row: dict[str, float], progress: Progress) -> None:
@@ -39,7 +38,7 @@ class Journal:
         step = int(row["step"])
         for name, value in row.items():
             if name != "step":
-                self._board.add_scalar(_TAGS.get(name, name.replace("val_", "validation/", 1)), value, step)
+                self._board.add(_TAGS.get(name, name.replace("val_", "validation/", 1)), value, step)
         if time.monotonic() - self._told >= PROGRESS_EVERY_S or step >= self.steps:
             self._told = time.monotonic()
             self.store.put(PROGRESS_KEY, json.dumps(self._now(progress)).encode())
