@@ -51,6 +51,9 @@ ESTIMATED_AHEAD = 2
 FINISHING = 2
 """Images per thread that wait for, or are in, their watershed."""
 
+PLANES_PER_DECODED = 3
+"""Bytes that an image read ahead holds as windows (three float32 planes), and itself, per byte decoded."""
+
 
 @dataclass(frozen=True)
 class Window:
@@ -104,6 +107,9 @@ class CellMaskRunner(UnitRunner):
         self._compute.close()
 
     # ---------------------------------------------------------------- decode threads
+
+    def cost(self, item: Item) -> int:
+        return PLANES_PER_DECODED * super().cost(item)
 
     def load(self, item: Item) -> Field:
         loaded = load_item(item, self.limits, z_projection=self.job.z_projection)

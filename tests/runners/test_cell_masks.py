@@ -298,7 +298,11 @@ def test_a_retry_and_an_extension(fields: Path, checkpoint: Path, tmp_path: Path
     before = data_objects(out)
     assert "masks/c.tif.tif" not in before
     (fields / "c.tif").write_bytes(good)
-    assert retry(str(out), say=lambda line: None).exit_code == 0
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for file in checkpoint.iterdir():
+        (moved / file.name).write_bytes(file.read_bytes())
+    assert retry(str(out), say=lambda line: None, checkpoint=str(moved)).exit_code == 0
     more = tmp_path / "more"
     write(more / "f.tif", as_16_bit(blobs((64, 64), 2, 9)))
     assert extend(str(out), [str(more)], say=lambda line: None).exit_code == 0
