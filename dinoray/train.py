@@ -119,7 +119,8 @@ def _notes(job: TrainDistanceMapJob) -> list[str]:
     workers = 1 if job.no_ray else int(job.workers.split(",")[-1])
     parts = -(-job.batch_size // job.micro_batch)
     if workers > parts:
-        return [f"{workers} workers share {plural(parts, 'micro-batch')} of a step, so {workers - parts} of them will idle: a "
+        noun = "micro-batch" if parts == 1 else "micro-batches"
+        return [f"{workers} workers share {parts} {noun} of a step, so {workers - parts} of them will idle: a "
                 f"micro_batch of at most {max(1, job.batch_size // workers)} has work for all"]
     return []
 

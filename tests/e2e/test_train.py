@@ -1,0 +1,207 @@
+"""`dinoray train distance-map` and what else is done with its output: the real command, without Ray."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from dinoray.cli import app
+from dinoray.config import TrainDistanceMapJob
+from dinoray.errors import BadRequest, ChangedRequest, Stopped, SystemicError
+from dinoray.status import status_lines
+from dinoray.train import train_distance_map
+from dinoray.training.states import load_state
+from dinoray.verification import open_run
+from dinoray.vision.distance_model import load_segmenter
+from tests.runs import complete, environment, run, use_tiny_backbone
+from tests.training.toys import disc_job, last_state, make_discs, write_job
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def discs(tmp_path: Path) -> Path:
+    return make_discs(tmp_path / "in")
+
+
+def train(values: dict[str, Any]) -> tuple[Any, list[str]]:
+    said: list[str] = []
+    return train_distance_map(TrainDistanceMapJob(**values), said.append, command="dinoray train"), said
+
+
+def test_the_life_of_a_training(discs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    values = disc_job(discs, out, steps=40, stop_after_s=0.5)
+    argv = write_job(tmp_path / "job.yaml", values)
+    stopped = complete(argv, code=1)
+    assert f"resume with: dinoray train distance-map {tmp_path / 'job.yaml'}" in stopped.splitlines()[0]
+    assert "Stopped: training stopped at step" in stopped
+    step = last_state(out)["progress"]["step"]
+    assert 0 < step < 40
+    assert any("not finished; resume with: dinoray train distance-map" in line for line in status_lines(str(out)))
+
+    (tmp_path / "short.yaml").write_text(yaml.safe_dump(values | {"steps": 41}))
+    refused = complete([*argv[:-1], str(tmp_path / "short.yaml")], code=2)
+    assert "ChangedRequest" in refused and "settings.steps: 40 -> 41" in refused
+
+    process = subprocess.Popen([*argv, "stop_after_s=null", "log_every=1"], env=environment(), stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True)
+    try:
+        while last_state(out)["progress"]["step"] == step:
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.02)
+        process.send_signal(signal.SIGSTOP)
+        held = complete(argv, code=2)
+        assert "OutputHeld: another driver works on this output" in held
+        process.send_signal(signal.SIGCONT)
+        process.send_signal(signal.SIGTERM)
+        printed = process.communicate(timeout=30)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    assert "stopped by SIGTERM; resume with: dinoray train distance-map" in printed and f"going on from step {step}" in printed
+
+    done = complete([*argv, "stop_after_s=null"])
+    assert "complete: 40 steps (steps)" in done.splitlines()[-1] and f"--checkpoint {out}/checkpoint" in done.splitlines()[-1]
+    model, config = load_segmenter(str(out / "checkpoint"))
+    assert (config.crop_px, config.training["steps"], config.backbone.included) == (32, 40, True)
+    best = load_state(open_store_of(out), "best")
+    assert best is not None and bool((model.decoder.head.weight == best["model"]["decoder.head.weight"]).all())
+    lines = list(status_lines(str(out)))
+    assert lines[1].startswith("step 40/40  loss ") and lines[-1] == f"ended by steps; checkpoint {out}/checkpoint"
+    assert not (out / "_dinoray/driver.json").exists()
+
+    for command in (["verify"], ["retry"], ["extend", str(discs)], ["export", "--to", str(tmp_path / "t")]):
+        refused = CliRunner().invoke(app, [command[0], str(out), *command[1:]])
+        assert isinstance(refused.exception, BadRequest), (command, refused)
+        assert "the output of a training" in str(refused.exception)
+    with pytest.raises(BadRequest, match="the output of a training"):
+        open_run(str(out))
+
+
+def open_store_of(out: Path) -> Any:
+    from dinoray.io.stores import open_store
+
+    return open_store(str(out))
+
+
+def test_an_output_belongs_to_one_kind_of_job(discs: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(Stopped):
+        train(disc_job(discs, out, stop_after_s=1e-6))
+    record = (out / "_dinoray/job.json").read_bytes()
+    with pytest.raises(ChangedRequest, match="the output of a training"):
+        run(pictures, out)
+    assert (out / "_dinoray/job.json").read_bytes() == record
+    use_tiny_backbone(monkeypatch)
+    run(pictures, tmp_path / "features")
+    monkeypatch.undo()
+    with pytest.raises(ChangedRequest, match="made with other settings or data"):
+        train(disc_job(discs, tmp_path / "features"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.docx").write_text("mine")
+    with pytest.raises(BadRequest, match="not empty and not dinoray's"):
+        train(disc_job(discs, tmp_path / "other"))
+
+
+def test_images_that_change_are_refused(discs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = disc_job(discs, tmp_path / "out")
+    with pytest.raises(Stopped):
+        train(values | {"stop_after_s": 1e-6})
+    moved = discs.rename(tmp_path / "moved")
+    with pytest.raises(BadRequest):
+        train(values)
+    moved.rename(discs)
+    (discs / "00_img.png").write_bytes((discs / "01_img.png").read_bytes())
+    with pytest.raises(ChangedRequest, match=r"inputs.train|inputs.validation"):
+        train(values)
+    # ... and while it runs: the workers list them again
+    fresh = disc_job(discs, tmp_path / "fresh")
+    plain = train_distance_map.__globals__["store_survey"]
+
+    def store_and_change(store, name, survey):
+        plain(store, name, survey)
+        for file in discs.glob("*_img.png"):
+            os.utime(file, ns=(1, 1))
+
+    monkeypatch.setitem(train_distance_map.__globals__, "store_survey", store_and_change)
+    with pytest.raises((SystemicError, BadRequest)):
+        train(fresh)
+
+
+@pytest.mark.parametrize(("change", "told"), [
+    ({"crop_size": 64}, "crop_size: Extra inputs are not permitted"),
+    ({"crop_px": 100}, "crop_px=100 is not a multiple of the patch size 16 [crop_px]\n  use 96 or 112"),
+    ({"steps": 0}, "steps: Input should be greater than or equal to 1"),
+    ({"steps": 5, "warmup_steps": 5}, "warmup_steps: 5 steps of warm-up leave nothing of steps=5"),
+    ({"workers": "4,2"}, "workers: '4,2' is neither N nor MIN,MAX"),
+    ({"train": []}, "train: Tuple should have at least 1 item"),
+    ({"train": [{"images": "/nowhere/at/all"}]}, "/nowhere/at/all"),
+    ({"train": [{"images": "x", "wight": 1}]}, "wight: Extra inputs are not permitted"),
+    ({"model": None, "weights": None}, "no model was named"),
+    ({"backbone_learning_rate": None}, "a frozen backbone with random weights sees nothing"),
+    ({"model": "vitx99"}, "vitx99"),
+    ({"pixel_size_um": 1.0, "diameter_px": 10.0}, "give pixel_size_um or diameter_px, not both"),
+    ({"augmentation": {"p_rotate": 2}}, "augmentation.p_rotate: Input should be less than or equal to 1"),
+    ({"out": "s3://key:secret@bucket/x"}, "give credentials through the environment instead"),
+    ({"device": "cuda"}, "there is no CUDA device here"),
+])
+def test_bad_jobs_are_refused_with_a_line_that_helps(change: dict[str, Any], told: str, discs: Path, tmp_path: Path,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    from dinoray.cli.train import run_training_script
+
+    if change.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is one here")
+    argv = write_job(tmp_path / "job.yaml", disc_job(discs, tmp_path / "out") | change)
+    assert run_training_script(argv[-1:]) == 2
+    shown = capsys.readouterr()
+    assert told in shown.err, shown.err
+    assert "the job is not valid" not in shown.err or "--" not in shown.err, "a job file has no flags"
+    assert "secret@" not in shown.err + shown.out
+    assert not (tmp_path / "out").exists(), "nothing was run"
+
+
+def test_files_that_are_no_job_and_the_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from dinoray.cli.train import run_training_script
+
+    assert run_training_script([]) == 2
+    assert run_training_script([str(tmp_path / "none.yaml")]) == 2
+    (tmp_path / "list.yaml").write_text("- a\n- b\n")
+    assert run_training_script([str(tmp_path / "list.yaml")]) == 2
+    shown = capsys.readouterr()
+    assert "usage: python jobs/train_distance_map.py" in shown.out
+    assert "backbone_learning_rate" in shown.err, "the fields of this job are listed"
+    script = Path(__file__).resolve().parents[2] / "jobs" / "train_distance_map.py"
+    done = subprocess.run([sys.executable, str(script), str(tmp_path / "none.yaml")], env=environment(), capture_output=True,
+                          text=True, timeout=120)
+    assert done.returncode == 2 and "cannot read the job file" in done.stderr
+
+
+def test_idle_workers_are_pointed_out_and_history_is_json(discs: Path, tmp_path: Path) -> None:
+    from dinoray.train import _notes
+
+    job = TrainDistanceMapJob(**disc_job(discs, tmp_path / "o") | {"no_ray": False, "workers": "1,8", "batch_size": 8})
+    assert _notes(job) == ["8 workers share 4 micro-batches of a step, so 4 of them will idle: a micro_batch of at most 1 has work "
+                           "for all"]
+    assert _notes(job.model_copy(update={"no_ray": True})) == [] == _notes(job.model_copy(update={"micro_batch": 1}))
+    outcome, said = train(disc_job(discs, tmp_path / "out", steps=3, validate_every=2))
+    assert outcome.exit_code == 0 and outcome.progress["ended"] == "steps"
+    history = json.loads((tmp_path / "out/history.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert [row["step"] for row in history] == [1, 2, 2, 3, 3]
+    again, told = train(disc_job(discs, tmp_path / "out", steps=3, validate_every=2))
+    assert again.checkpoint == outcome.checkpoint and len(told) == 3 and told[-1] == said[-1]
