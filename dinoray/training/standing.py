@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from dinoray.driver import at_work
 from dinoray.errors import DinorayError
 from dinoray.io.stores import LocalStore, Store
 
@@ -47,8 +48,10 @@ def figures(progress: dict[str, Any]) -> str:
 
 def standing_lines(store: Store, record: dict[str, Any]) -> Iterator[str]:
     """What `status` says of a training; `record` is its job.json."""
-    progress = read_progress(store)
+    progress, busy = read_progress(store), at_work(store)
     yield f"{record['fingerprint']}  {record['kind']}  {store.url}"
+    if busy:
+        yield f"at work: {busy}"
     if not progress:
         yield "no step yet"
         return
@@ -57,7 +60,7 @@ def standing_lines(store: Store, record: dict[str, Any]) -> Iterator[str]:
         yield f"best validation loss {progress['best_loss']:.4g} at step {progress['best_step']}"
     if finished(store, record["fingerprint"]):
         yield f"ended by {progress['ended']}; checkpoint {store.url}/{CHECKPOINT}"
-    else:
+    elif not busy:
         yield f"not finished; resume with: {record.get('command') or 'the same command'}"
 
 
