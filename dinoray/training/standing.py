@@ -12,6 +12,7 @@ from typing import Any
 from dinoray.driver import at_work
 from dinoray.errors import DinorayError
 from dinoray.io.stores import LocalStore, Store
+from dinoray.wording import plural
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,8 @@ def standing_lines(store: Store, record: dict[str, Any]) -> Iterator[str]:
     if not progress:
         yield "no step yet"
         return
-    yield figures(progress) + f"  {progress.get('seconds', 0.0):.0f} s so far"
+    workers = f" on {plural(progress['workers'], 'worker')}" if progress.get("workers") else ""
+    yield figures(progress) + f"  {progress.get('seconds', 0.0):.0f} s so far{workers}"
     if progress.get("best_step"):
         yield f"best validation loss {progress['best_loss']:.4g} at step {progress['best_step']}"
     if finished(store, record["fingerprint"]):

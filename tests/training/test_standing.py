@@ -62,8 +62,9 @@ def test_status_of_a_training(tmp_path: Path) -> None:
     store = LocalStore(str(tmp_path))
     record = {"fingerprint": "f0", "kind": "train distance-map", "command": "dinoray train distance-map job.yaml"}
     assert list(standing_lines(store, record)) == [f"f0  train distance-map  {store.url}", "no step yet"]
-    note(store, 7, loss=0.5, best_step=5, best_loss=0.25, seconds=12.4)
-    assert list(standing_lines(store, record))[1:] == ["step 7/100  loss 0.5  12 s so far", "best validation loss 0.25 at step 5",
+    note(store, 7, loss=0.5, best_step=5, best_loss=0.25, seconds=12.4, workers=2)
+    assert list(standing_lines(store, record))[1:] == ["step 7/100  loss 0.5  12 s so far on 2 workers",
+                                                       "best validation loss 0.25 at step 5",
                                                        "not finished; resume with: dinoray train distance-map job.yaml"]
     with Driver(store, "x", lambda line: None):
         lines = list(standing_lines(store, record))
