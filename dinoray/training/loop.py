@@ -8,6 +8,7 @@ and the same kind of device.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -239,6 +240,9 @@ class _Run:
         except torch.OutOfMemoryError as error:
             raise SystemicError("the validation does not fit the device's memory", where=str(self.workers.device),
                                 todo="lower micro_batch, then run the same command again: it resumes") from error
+        if not math.isfinite(figures["loss"]):  # it could never be the best, nor end the training by patience
+            raise SystemicError(f"the loss of the validation at step {progress.step} is {figures['loss']}",
+                                todo="lower learning_rate, or use precision=float32")
         row = {"step": progress.step, **{f"val_{name}": value for name, value in figures.items()}}
         progress.history.append(row)
         if figures["loss"] < progress.best_loss * (1 - job.min_improvement) or progress.best_step == 0:

@@ -9,8 +9,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from dinoray.driver import at_work
 from dinoray.errors import DinorayError
 from dinoray.io.stores import LocalStore, Store
+from dinoray.wording import plural
 
 logger = logging.getLogger(__name__)
 
@@ -47,17 +49,20 @@ def figures(progress: dict[str, Any]) -> str:
 
 def standing_lines(store: Store, record: dict[str, Any]) -> Iterator[str]:
     """What `status` says of a training; `record` is its job.json."""
-    progress = read_progress(store)
+    progress, busy = read_progress(store), at_work(store)
     yield f"{record['fingerprint']}  {record['kind']}  {store.url}"
+    if busy:
+        yield f"at work: {busy}"
     if not progress:
         yield "no step yet"
         return
-    yield figures(progress) + f"  {progress.get('seconds', 0.0):.0f} s so far"
+    workers = f" on {plural(progress['workers'], 'worker')}" if progress.get("workers") else ""
+    yield figures(progress) + f"  {progress.get('seconds', 0.0):.0f} s so far{workers}"
     if progress.get("best_step"):
         yield f"best validation loss {progress['best_loss']:.4g} at step {progress['best_step']}"
     if finished(store, record["fingerprint"]):
         yield f"ended by {progress['ended']}; checkpoint {store.url}/{CHECKPOINT}"
-    else:
+    elif not busy:
         yield f"not finished; resume with: {record.get('command') or 'the same command'}"
 
 

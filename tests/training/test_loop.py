@@ -188,3 +188,10 @@ def test_a_loss_that_is_no_number_stops_it(value: float, message: str, tmp_path:
         train(tmp_path, toy)
     assert message.split()[1] in str(caught.value)
     assert not (tmp_path / "_dinoray/states/last.json").exists()
+
+
+def test_a_validation_that_is_no_number_stops_it(tmp_path: Path) -> None:
+    toy = Toy()
+    toy.validate = lambda workers: {"loss": float("nan")}  # type: ignore[method-assign]
+    with pytest.raises(SystemicError, match="the loss of the validation at step 3 is nan"):
+        train(tmp_path, toy)
