@@ -71,7 +71,7 @@ def resolve_checkpoint(job: SegmentCellsJob) -> Resolved:
 def _scale_rule(job: SegmentCellsJob, config: SegmenterConfig) -> str:
     """How images come to the model's scale, for the first line printed."""
     if job.diameter_px is not None:
-        return f"scale by cell diameter ({job.diameter_px:g} px to the model's {config.median_diameter_px:g})"
+        return f"scale by cell diameter ({job.diameter_px:.3g} px to the model's {config.median_diameter_px:.3g})"
     if config.pixel_size_um is not None:
         given = f"{job.pixel_size_um:g} µm where a file says none" if job.pixel_size_um else "estimated where a file says none"
         return f"scale by pixel size (to {config.pixel_size_um:g} µm; {given})"

@@ -124,11 +124,11 @@ def checkpoint_config(job: TrainDistanceMapJob, spec: TrainingSpec, model: Dista
                       survey: Survey | None) -> SegmenterConfig:
     """config.json but for what is found on the validation images."""
     backbone = model.backbone
-    median = pixel_size = None
+    median = seen = pixel_size = None
     if survey is not None:
         good = survey.good()
         zooms = survey.zooms(pixel_size_um=job.pixel_size_um, diameter_px=job.diameter_px)
-        median = survey.median_diameter(zooms)
+        median, seen = survey.median_diameter(zooms), survey.diameter_range(zooms)
         sizes = {round(float(size), 6) for i in good if (size := survey.table["pixel_size_um"][i].as_py()) is not None}
         # one pixel size for all images is the model's own; mixed ones say nothing of its scale
         known = all(survey.table["pixel_size_um"][i].as_py() is not None for i in good)
@@ -139,7 +139,7 @@ def checkpoint_config(job: TrainDistanceMapJob, spec: TrainingSpec, model: Dista
                                 mean=backbone.config.mean, std=backbone.config.std),
         decoder=DecoderRecord(taps=model.taps, channels=job.decoder_channels, norm=job.norm, stem_levels=job.stem_levels),
         channels=job.channels, scaling=job.scaling, scaling_percents=(job.scaling_low_percent, job.scaling_high_percent),
-        crop_px=job.crop_px, median_diameter_px=median, pixel_size_um=pixel_size)
+        crop_px=job.crop_px, median_diameter_px=median, diameter_range_px=seen, pixel_size_um=pixel_size)
 
 
 def choose_thresholds(job: TrainDistanceMapJob, task: DistanceMapTask, config: SegmenterConfig,

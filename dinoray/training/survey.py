@@ -55,11 +55,21 @@ class Survey:
             return diameter_px / np.where(np.isfinite(medians), medians, typical)  # an image without cells: as most are
         return np.ones(self.table.num_rows)
 
+    def diameters(self, zooms: np.ndarray) -> np.ndarray:
+        """Diameters of the cells at the scale of training, px, float64 [n]."""
+        found = [np.asarray(sizes, dtype=float) * zoom
+                 for sizes, zoom in zip(self.table["diameters_px"].to_pylist(), zooms, strict=True) if sizes]
+        return np.concatenate(found) if found else np.zeros(0)
+
     def median_diameter(self, zooms: np.ndarray) -> float | None:
-        """Median diameter of all cells at the scale of training, px."""
-        all_of_them = [np.asarray(found, dtype=float) * zoom
-                       for found, zoom in zip(self.table["diameters_px"].to_pylist(), zooms, strict=True) if found]
-        return float(np.median(np.concatenate(all_of_them))) if all_of_them else None
+        """Median of `diameters`."""
+        found = self.diameters(zooms)
+        return float(np.median(found)) if len(found) else None
+
+    def diameter_range(self, zooms: np.ndarray) -> tuple[float, float] | None:
+        """Percentiles 5 and 95 of `diameters`: the sizes that the model has seen enough of."""
+        found = self.diameters(zooms)
+        return tuple(float(v) for v in np.percentile(found, (5, 95))) if len(found) else None  # type: ignore[return-value]
 
 
 def survey_images(images: list[LabelledImage], pool: ImagePool, *, threads: int, pixel_size_needed: bool,

@@ -4,7 +4,8 @@ A network that saw cells of 20 px finds pieces of cells of 100 px, and specks wh
 in this order: the diameter that the user gives; pixel sizes of the image and of the training; else an estimate.
 
 The estimate segments a centred part of the image at a few factors, takes the first that shows cells, and looks again at
-the size that follows from it: at the right size the model sees best. It is a function of the image and the model alone.
+the size that follows from it: at the right size the model sees best. Cells of a size that the training had enough of are left
+as they are. Specks, of which noise gives many, do not count. It is a function of the image and the model alone.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ SEEN_PX = int(PART_PX / min(TRIALS))
 """Side of the centred part, in px of the image, beyond which an estimate never looks."""
 LEAST_CELLS = 5
 """Whole cells that an estimate needs."""
+SPECK = 0.1
+"""Objects of less than this share of the area of the object in which the median labelled pixel lies are no cells."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def cell_scale(image: np.ndarray, config: SegmenterConfig, segment: Callable[[np
                         f"pixels of {pixel_size_um:g} µm against {config.pixel_size_um:g} µm of the model's")
     if config.median_diameter_px is None:
         return Scale(1.0, "unknown")
-    return _estimated(image, config.median_diameter_px, segment)
+    return _estimated(image, config.median_diameter_px, config.diameter_range_px, segment)
 
 
 def _checked(factor: float, source: str, diameter_px: float | None, why: str) -> Scale:
@@ -79,12 +82,15 @@ def _checked(factor: float, source: str, diameter_px: float | None, why: str) ->
     return Scale(factor, source, diameter_px)  # type: ignore[arg-type]
 
 
-def _estimated(image: np.ndarray, model_px: float, segment: Callable[[np.ndarray], np.ndarray]) -> Scale:
+def _estimated(image: np.ndarray, model_px: float, seen_px: tuple[float, float] | None,
+               segment: Callable[[np.ndarray], np.ndarray]) -> Scale:
     for trial in TRIALS:
         found = _diameter_at(image, trial, segment)
         if found is None:
             continue
         factor = model_px / found
+        if trial == 1.0 and seen_px is not None and seen_px[0] <= found <= seen_px[1]:
+            return Scale(1.0, "estimated", found)
         if max(factor / trial, trial / factor) > KEPT and 1 / LARGEST <= factor <= LARGEST:
             found = _diameter_at(image, factor, segment) or found  # seen better at the size that follows
             factor = model_px / found
@@ -100,7 +106,7 @@ def _diameter_at(image: np.ndarray, factor: float, segment: Callable[[np.ndarray
     y0, x0 = (max(0, (n - side) // 2) for n in image.shape[1:])
     part = image[:, y0:y0 + side, x0:x0 + side]
     shape = scaled_shape(part.shape[1:], factor)
-    areas = whole_areas(segment(resample(part, shape)))
+    areas = without_specks(whole_areas(segment(resample(part, shape))))
     if len(areas) < LEAST_CELLS:
         return None
     one_px = math.sqrt(shape[0] / part.shape[1] * shape[1] / part.shape[2])
@@ -114,3 +120,12 @@ def whole_areas(labels: np.ndarray) -> np.ndarray:
         areas[edge] = 0
     areas[:1] = 0
     return areas[areas > 0]
+
+
+def without_specks(areas: np.ndarray) -> np.ndarray:
+    """The areas of at least `SPECK` times the area of the object in which the median labelled pixel lies."""
+    if not len(areas):
+        return areas
+    ordered = np.sort(areas)
+    typical = ordered[np.searchsorted(np.cumsum(ordered), ordered.sum() / 2)]
+    return areas[areas >= SPECK * typical]

@@ -85,6 +85,9 @@ class SegmenterConfig(BaseModel):
     """Side of the training crops, and of windows at inference, in px."""
     median_diameter_px: float | None = None
     """Median diameter of the cells in the training crops, in px."""
+    diameter_range_px: tuple[float, float] | None = None
+    """Percentiles 5 and 95 of the diameters of these cells, in px: images whose cells seem to lie between them are segmented
+    as they are."""
     pixel_size_um: float | None = None
     """Pixel size of the training crops, where known."""
     peak: float = Field(0.47, gt=0, lt=1)

@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 from ome_zarr_models.v05.image_label import ImageLabel
 
 from dinoray.errors import BadRequest, OutputDamaged
-from dinoray.io.label_images import encode_tiff, mask_key, mask_objects, read_mask
+from dinoray.io.mask_files import encode_tiff, mask_key, mask_objects, read_mask
 from dinoray.io.object_names import item_path, plate_folder
 from dinoray.io.stores import open_store
 from tests.runs import DictStore

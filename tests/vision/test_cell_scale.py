@@ -9,7 +9,7 @@ import pytest
 from scipy import ndimage
 
 from dinoray.errors import BadRequest, ItemError
-from dinoray.vision.cell_scale import PART_PX, SEEN_PX, Scale, cell_scale, whole_areas
+from dinoray.vision.cell_scale import PART_PX, SEEN_PX, Scale, cell_scale, whole_areas, without_specks
 from dinoray.vision.distance_model import SegmenterConfig
 from dinoray.vision.segmenter import Segmenter
 from dinoray.vision.targets import distance_map
@@ -136,3 +136,27 @@ def test_sizes_that_are_none(sizes: dict) -> None:
 def test_a_diameter_needs_the_models() -> None:
     with pytest.raises(BadRequest, match="how large"):
         cell_scale(picture(20), config(median_diameter_px=None), never, diameter_px=20)
+
+
+def test_cells_of_a_size_that_the_training_had_enough_of_are_left_as_they_are() -> None:
+    eyes = Eyes()
+    model = config(diameter_range_px=(12.0, 36.0))
+    for diameter in (14, 20, 34):
+        found = cell_scale(picture(diameter), model, eyes)
+        assert found.factor == 1.0 and found.source == "estimated" and found.diameter_px == pytest.approx(diameter, rel=0.1)
+    assert cell_scale(picture(39), model, eyes).factor == pytest.approx(20 / 39, rel=0.1)
+    assert cell_scale(picture(34), config(), eyes).factor == pytest.approx(20 / 34, rel=0.1), "without a range, to the median"
+
+
+def test_specks_do_not_count() -> None:
+    image = picture(20)
+    rng = np.random.default_rng(0)
+    noisy = image.copy()
+    free = np.argwhere(ndimage.binary_dilation(image[0] > 0, iterations=3) == 0)
+    for y, x in free[rng.choice(len(free), 400, replace=False)]:
+        noisy[:, y, x] = 1.0
+    found = cell_scale(noisy, config(), Eyes(smallest=0.5))
+    assert found.factor == 1.0 and found.diameter_px == pytest.approx(20, rel=0.1)
+    assert without_specks(np.array([], int)).size == 0
+    assert without_specks(np.array([1, 1, 1, 1, 300, 310])).tolist() == [300, 310]
+    assert without_specks(np.array([40, 300, 310])).tolist() == [40, 300, 310]
