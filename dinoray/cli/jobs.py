@@ -133,7 +133,8 @@ extract.command("volume")(job_command(ExtractVolumeJob, run_extract_volume))
 @app.command()
 def demo(out: Annotated[str, typer.Option("--out", help="Where to write.")] = "demo_out",
          no_ray: Annotated[bool, typer.Option("--no-ray", help="Without Ray.")] = False) -> None:
-    """The main jobs, offline, on pictures inside scikit-image and a small made volume: features, verification, reports."""
+    """The main jobs, offline, on pictures inside scikit-image, a made volume, and drawn cells: features, verification, reports;
+    a model of cells trained, used and measured."""
     from dinoray.demo import run_demo
 
     raise typer.Exit(run_demo(out, no_ray=no_ray, say=say))

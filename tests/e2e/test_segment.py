@@ -186,7 +186,7 @@ def test_what_is_part_of_the_result() -> None:
 
 def test_the_job_script_and_its_config(many: Path, checkpoint: Path, tmp_path: Path) -> None:
     config = REPOSITORY / "jobs/configs/segment_cells.yaml"
-    assert build_job(SegmentCellsJob, yaml.safe_load(config.read_text())).checkpoint == "model/checkpoint"
+    assert build_job(SegmentCellsJob, yaml.safe_load(config.read_text())).checkpoint == "nuclei/checkpoint"
     printed = complete([sys.executable, str(REPOSITORY / "jobs/segment_cells.py"), str(config), f"sources={many}", "limit=3",
                         f"checkpoint={checkpoint}", f"out={tmp_path / 'out'}", "no_ray=true", "channel=0", "cell_features=false"])
     assert "3 images" in printed.splitlines()[-1]

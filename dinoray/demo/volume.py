@@ -1,19 +1,18 @@
-"""`dinoray demo`: the main jobs, offline, on what is on this machine already: pictures, and a small volume that is made here."""
+"""The demo's volume: something like an electron micrograph, made here, and its features."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Callable
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import zarr
 from skimage.filters import gaussian
 
-from dinoray.config import ExtractImagesJob, ExtractVolumeJob
-from dinoray.extraction import extract_images
+from dinoray.config import ExtractVolumeJob
+from dinoray.demo.noise import smooth_noise
 from dinoray.report.html import write_report
 from dinoray.volume_extraction import extract_volume
 
@@ -23,28 +22,8 @@ CELLS = 40
 """Cells in the volume."""
 
 
-def run_demo(out: str, *, no_ray: bool, say: Callable[[str], None]) -> int:
-    """Extract, verify, report, of pictures and of a volume; prints where to look. Run again: it resumes. Returns 0 (quarantine
-    is no failure)."""
-    folder = Path(out).absolute()
-    say("demo: DINOv3 features of pictures and of a volume, offline. Random weights: texture only, no meaning.")
-    _images(folder, no_ray=no_ray, say=say)
-    _volume(folder, no_ray=no_ray, say=say)
-    return 0
-
-
-def _images(folder: Path, *, no_ray: bool, say: Callable[[str], None]) -> None:
-    say("-- the pictures inside scikit-image")
-    pictures = Path(str(files("skimage"))) / "data"
-    job = ExtractImagesJob(sources=(str(pictures),), out=str(folder / "features"), model=MODEL,
-                           weights=WEIGHTS, features=("cls", "patch_mean", "patches"), unit_items=8, no_ray=no_ray,
-                           pattern="none")
-    outcome = extract_images(job, say)
-    say(f"look at {write_report(outcome.out, str(folder / 'report.html'))}")
-    say(f"the features: python -c \"import dinoray; print(dinoray.open_features('{outcome.out}').table().to_pandas())\"")
-
-
-def _volume(folder: Path, *, no_ray: bool, say: Callable[[str], None]) -> None:
+def show_volume(folder: Path, *, no_ray: bool, say: Callable[[str], None]) -> None:
+    """Make the volume, its features, and their report, below `folder`."""
     say(f"-- a volume of membranes and vesicles, {' x '.join(map(str, VOLUME_SHAPE))} voxels of {VOXEL_NM:g} nm, made here")
     raw = write_volume(folder / "volume.zarr")
     job = ExtractVolumeJob(sources=(str(raw),), out=str(folder / "volume_features"), model=MODEL, weights=WEIGHTS, output="fused",
@@ -76,7 +55,7 @@ def draw_volume(shape: tuple[int, int, int], seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     grid = np.stack(np.meshgrid(*(np.arange(n, dtype=np.float32) for n in shape), indexing="ij"))
     for axis in range(3):
-        grid[axis] += _smooth(rng, shape, 9.0) * 7
+        grid[axis] += smooth_noise(rng, shape, 9.0) * 7
     centres = rng.random((CELLS, 3)).astype(np.float32) * shape
     nearest = np.full(shape, np.inf, np.float32)
     second, cell = nearest.copy(), np.zeros(shape, np.int64)
@@ -87,14 +66,8 @@ def draw_volume(shape: tuple[int, int, int], seed: int = 0) -> np.ndarray:
         nearest = np.minimum(nearest, distance)
     gray = (0.62 + 0.16 * rng.random(CELLS).astype(np.float32))[cell]
     speckled = (rng.random(CELLS) < 0.4)[cell]
-    gray -= np.where(speckled, 0.3 * (_smooth(rng, shape, 2.2) > 1.1), 0)  # vesicles
-    gray -= 0.08 * speckled * _smooth(rng, shape, 1.2)
+    gray -= np.where(speckled, 0.3 * (smooth_noise(rng, shape, 2.2) > 1.1), 0)  # vesicles
+    gray -= 0.08 * speckled * smooth_noise(rng, shape, 1.2)
     gray -= 0.5 * np.exp(-((second - nearest) / 2.2) ** 2)  # membranes
     gray = gaussian(gray, 0.7) + 0.05 * rng.standard_normal(shape, dtype=np.float32)
     return (np.clip(gray, 0, 1) * 255).astype(np.uint8)
-
-
-def _smooth(rng: np.random.Generator, shape: tuple[int, int, int], sigma: float) -> np.ndarray:
-    """Noise of this correlation length (voxels) with mean 0 and deviation 1."""
-    noise = gaussian(rng.standard_normal(shape, dtype=np.float32), sigma)
-    return (noise - noise.mean()) / noise.std()
