@@ -68,7 +68,7 @@ def test_its_job_and_the_example_are_jobs() -> None:
     assert build_job(TrainDistanceMapJob, yaml.safe_load(block[1])).steps == 10_000
     values = read_job_file(ROOT / "jobs/configs/train_distance_map.yaml", ["out=x"], TrainDistanceMapJob)
     example = build_job(TrainDistanceMapJob, values)
-    assert example.model == "vitt8" and example.out == "x"
+    assert example.model == "vits16" and example.out == "x"
 
 
 if __name__ == "__main__":
