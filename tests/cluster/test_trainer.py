@@ -153,8 +153,10 @@ def test_ended_from_outside_it_leaves_no_worker_and_resumes(how: str, discs: Pat
         while not (out / "_dinoray/states/last.json").exists():
             assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
             time.sleep(0.05)
-        below = psutil.Process(process.pid).children(recursive=True)
-        assert sum("train" in " ".join(child.cmdline()).lower() for child in below) >= 2
+        # Ray's own agents notice a minute later that they are alone, and end too
+        workers = [child for child in psutil.Process(process.pid).children(recursive=True)
+                   if " ".join(child.cmdline()).startswith(("ray::RayTrainWorker", "ray::TrainController"))]
+        assert len(workers) == 3
         if how == "drain":
             assert "stopped" in complete([*argv[:3], "stop", str(out), "--drain"])
         else:
@@ -166,7 +168,7 @@ def test_ended_from_outside_it_leaves_no_worker_and_resumes(how: str, discs: Pat
         assert "Stopped: training stopped at step" in printed
     if how == "SIGTERM":
         assert "stopped by SIGTERM; resume with: dinoray train distance-map" in printed
-    _, alive = psutil.wait_procs(below, timeout=60)
+    _, alive = psutil.wait_procs(workers, timeout=30)
     assert not alive, [child.cmdline() for child in alive]
     step = last_state(out)["progress"]["step"]
     values = job(discs, out, steps=2000, checkpoint_every=2, validate_every=1000) | {"no_ray": True, "stop_after_s": 1}
