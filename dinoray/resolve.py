@@ -5,15 +5,11 @@ Nothing is read but the weights. What comes out is stored with the output and co
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-from typing import Any
-
 from dinoray.config import ExtractCellsJob, ExtractImagesJob, ExtractVolumeJob, FeatureJob, SegmentCellsJob, UnitJob
 from dinoray.errors import BadRequest
-from dinoray.io.stores import Store
 from dinoray.resolve_checkpoint import resolve_checkpoint
 from dinoray.resolved import FORMAT, Resolved, settle_device, settle_numerics, used_kind
+from dinoray.staging import store_backbone
 from dinoray.units import fingerprint_of
 
 VOLUME_LIBRARIES = ("tensorstore", "h5py")
@@ -74,13 +70,4 @@ def _resolve_features(job: FeatureJob) -> Resolved:
     facts = {"digest": backbone.digest, "source": backbone.source, "normalisation": normalisation,
              "normalisation_rule": backbone.normalisation_rule}
     return Resolved(job, device, identity, {**numerics, "device_kind": used_kind(device)}, fingerprint, backbone.digest, facts,
-                    described, description, (job.scaling_low_percent, job.scaling_high_percent), _stage, backbone)
-
-
-def _stage(backbone: Any, store: Store, prefix: str) -> None:
-    from dinoray.vision.weights import save_backbone
-
-    with tempfile.TemporaryDirectory(prefix="dinoray-stage-") as folder:
-        save_backbone(backbone, folder)
-        for file in sorted(Path(folder).iterdir()):
-            store.put(f"{prefix}/{file.name}", file.read_bytes())
+                    described, description, (job.scaling_low_percent, job.scaling_high_percent), store_backbone, backbone)

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 from dinoray.config import UnitJob
 from dinoray.errors import BadRequest
-from dinoray.io.stores import Store, open_store
+from dinoray.io.stores import Store
 from dinoray.memory.budget import default_token_budget
+from dinoray.staging import staged
 
 FORMAT = 1
 """Version of the output's layout and rules; a new one cannot resume an old output."""
 LIBRARIES = ("dinoray", "torch", "numpy", "pyarrow", "zarr", "numcodecs", "tifffile", "imagecodecs", "pillow")
 """Packages whose version may change a byte of any output."""
-STAGED_MARKER = "STAGED"
-"""Written last into a folder of staged weights."""
 
 
 @dataclass
@@ -50,12 +50,7 @@ class Resolved:
         """What actors load: `random:SEED`, or the folder, named by digest, where the weights are staged now if need be."""
         if "checkpoint" not in type(self.job).model_fields and (self.job.weights or "").startswith("random"):
             return self.job.weights or ""
-        prefix = f"_dinoray/weights/{self.digest}"
-        store = open_store(self.job.staging or self.job.out)
-        if not store.exists(f"{prefix}/{STAGED_MARKER}"):
-            self.stage(self.loaded, store, prefix)
-            store.put(f"{prefix}/{STAGED_MARKER}", b"all files are here\n")
-        return f"{store.url}/{prefix}"
+        return staged(self.job.staging or self.job.out, self.digest, partial(self.stage, self.loaded))
 
 
 def settle_device(job: UnitJob) -> tuple[str, str]:

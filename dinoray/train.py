@@ -20,7 +20,7 @@ from dinoray.errors import BadRequest, OutputDamaged, Stopped
 from dinoray.io.annotations import LabelledImage
 from dinoray.io.stores import Store, open_store
 from dinoray.request import KEY
-from dinoray.staging import staged
+from dinoray.staging import staged, store_backbone
 from dinoray.train_request import check_training, identity_of, settled
 from dinoray.training.labelled_sets import labelled_sets
 from dinoray.training.spec import TrainingSpec, run_worker
@@ -55,7 +55,6 @@ def train_distance_map(job: TrainDistanceMapJob, say: Callable[[str], None] = pr
     """
     import torch
 
-    from dinoray.vision.weight_export import save_backbone
 
     job = settled(job, has_cuda=torch.cuda.is_available())
     store = open_store(job.out)
@@ -85,7 +84,7 @@ def train_distance_map(job: TrainDistanceMapJob, say: Callable[[str], None] = pr
             store.put(KEY, json.dumps(record, indent=1, sort_keys=True).encode())
         _survey(job, store, {"train": train, "validation": validation}, say, driver)
         weights = job.weights if (job.weights or "").startswith("random") else staged(
-            job.staging or job.out, backbone.digest, partial(save_backbone, backbone))
+            job.staging or job.out, backbone.digest, partial(store_backbone, backbone))
         spec = TrainingSpec(job.kind, job.out, fingerprint, job.model_dump(mode="json"), weights or "", backbone.digest,
                             identity["inputs"], driver.token)
         backbone = None
