@@ -37,7 +37,7 @@ from dinoray.io.stores import open_store
 from dinoray.memory.meter import available_cores
 from dinoray.train import absolute_paths, train_distance_map
 from dinoray.training.distance_map import DistanceMapTask, Images
-from dinoray.training.distance_worker import build_model, new_pool, whole_map
+from dinoray.training.distance_worker import build_model, new_pool
 from dinoray.training.image_pool import ImagePool
 from dinoray.training.labelled_sets import labelled_sets
 from dinoray.training.loop import fit, load_trained
@@ -46,6 +46,7 @@ from dinoray.training.spec import TrainingSpec
 from dinoray.training.states import load_state
 from dinoray.training.steps import Stepper
 from dinoray.training.workers import Workers
+from dinoray.vision.blending import Blend
 from dinoray.vision.bootstrap import paired_bootstrap, summarise
 from dinoray.vision.instance_metrics import ImageScore, score_image
 from dinoray.vision.instances import instances
@@ -208,6 +209,29 @@ class Bench:
             for i, found in enumerate(predicted):
                 tifffile.imwrite(folder_ / f"{pool.images[i].image_id.replace('/', '_')}.tif", found, compression="zlib")
         return {"chosen": chosen, **scores}
+
+
+def whole_map(model: torch.nn.Module, planes: np.ndarray, window: int, at_once: int) -> np.ndarray:
+    """Distance map [Y, X] float32 of one image [3, Y, X], by overlapping windows of `window` px, `at_once` in a batch."""
+    multiple = model.backbone.config.patch_size
+    overlap = max(multiple, window // 4 // multiple * multiple)
+    blend = Blend(*planes.shape[1:], window, overlap, multiple)
+    found: list[np.ndarray] = []
+    batch: list[np.ndarray] = []
+
+    def flush() -> None:
+        with torch.inference_mode():
+            pixels = torch.from_numpy(np.stack(batch)).to(model.decoder.head.weight.device)
+            found.extend(torch.sigmoid(model(pixels))[:, 0].cpu().numpy())
+        batch.clear()
+
+    for piece in blend.windows(planes):
+        batch.append(piece)
+        if len(batch) == at_once:
+            flush()
+    if batch:
+        flush()
+    return blend.merge(found)
 
 
 def _planes(pool: ImagePool, number: int) -> np.ndarray:

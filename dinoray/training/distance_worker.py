@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from dinoray.config.training import TrainDistanceMapJob
@@ -20,7 +17,8 @@ from dinoray.failpoints import reach
 from dinoray.io.annotations import LabelledImage, digest
 from dinoray.io.stores import Store, open_store
 from dinoray.training.card import model_card
-from dinoray.training.distance_map import DistanceMapTask, Images, at_scale
+from dinoray.training.distance_map import DistanceMapTask, Images
+from dinoray.training.distance_thresholds import choose_thresholds, segmenter_of
 from dinoray.training.examples import store_examples
 from dinoray.training.image_pool import ImagePool
 from dinoray.training.labelled_sets import labelled_sets
@@ -30,7 +28,6 @@ from dinoray.training.standing import CHECKPOINT
 from dinoray.training.states import load_state
 from dinoray.training.survey import Survey, stored_survey
 from dinoray.training.workers import Workers
-from dinoray.vision.blending import Blend
 from dinoray.vision.decoders.unet2d import tap_layers
 from dinoray.vision.distance_model import (
     BackboneRecord,
@@ -40,15 +37,7 @@ from dinoray.vision.distance_model import (
     new_model,
     save_checkpoint,
 )
-from dinoray.vision.instance_metrics import score_image
-from dinoray.vision.instances import instances
 from dinoray.vision.weights import load_backbone
-
-PEAKS = tuple(round(0.3 + 0.05 * i, 2) for i in range(9))
-FILLS = tuple(round(0.05 + 0.01 * i, 2) for i in range(0, 16, 2))
-"""Thresholds tried (the seeds' grid, with a step of 0.02 and up to 0.19 for the fill)."""
-SEARCH_IMAGES = 200
-"""Most validation images whose maps thresholds are chosen on."""
 
 
 def run_distance_map(spec: TrainingSpec, workers: Workers, report: Report) -> None:
@@ -104,7 +93,8 @@ def finish(job: TrainDistanceMapJob, spec: TrainingSpec, task: DistanceMapTask, 
     task.model.eval()
     train_survey = stored_survey(store, "train")
     config = checkpoint_config(job, spec, task.model, train_survey)
-    peak, fill, figures = choose_thresholds(job, task, config, workers)
+    segmenter = segmenter_of(job, task, config)
+    peak, fill, figures = choose_thresholds(job, task, segmenter, workers)
     if not workers.is_first:
         workers.barrier()
         return
@@ -112,7 +102,7 @@ def finish(job: TrainDistanceMapJob, spec: TrainingSpec, task: DistanceMapTask, 
     progress = last["progress"] if last else {}
     config = config.model_copy(update={"peak": peak, "fill": fill, "metrics": figures, "training": training_facts(
         job, spec, store, task, state["step"], progress)})
-    store_examples(store, task.validation, partial(whole_map, task.model, window=config.crop_px, at_once=job.micro_batch),
+    store_examples(store, task.validation, segmenter.distance,
                    peak=peak, fill=fill)
     reach("train.checkpoint")
     check()
@@ -140,60 +130,6 @@ def checkpoint_config(job: TrainDistanceMapJob, spec: TrainingSpec, model: Dista
         decoder=DecoderRecord(taps=model.taps, channels=job.decoder_channels, norm=job.norm, stem_levels=job.stem_levels),
         channels=job.channels, scaling=job.scaling, scaling_percents=(job.scaling_low_percent, job.scaling_high_percent),
         crop_px=job.crop_px, median_diameter_px=median, diameter_range_px=seen, pixel_size_um=pixel_size)
-
-
-def choose_thresholds(job: TrainDistanceMapJob, task: DistanceMapTask, config: SegmenterConfig,
-                      workers: Workers) -> tuple[float, float, dict[str, Any]]:
-    """(peak, fill, figures) with the best image-mean AP50 over the validation images; each map is computed once."""
-    numbers = np.arange(len(task.validation.pool))
-    if len(numbers) > SEARCH_IMAGES:
-        numbers = numbers[np.linspace(0, len(numbers) - 1, SEARCH_IMAGES).round().astype(int)]
-    grid = [(peak, fill) for peak in PEAKS for fill in FILLS]
-
-    def scores(number: int) -> np.ndarray:
-        """[len(grid), 4]: AP50, TP, FP, FN of one image."""
-        planes, labels = at_scale(task.validation, number)
-        distance = whole_map(task.model, planes, config.crop_px, job.micro_batch)
-        rows = []
-        for peak, fill in grid:
-            score = score_image(instances(distance, peak=peak, fill=fill), labels, thresholds=(0.5,))
-            tp, fp, fn = score.tp[0], score.pred - score.tp[0], score.truth - score.tp[0]
-            rows.append((tp / (tp + fp + fn) if tp + fp + fn else 1.0, tp, fp, fn))
-        return np.array(rows, dtype=float)
-
-    mine = workers.share([int(n) for n in numbers])
-    with ThreadPoolExecutor(job.data_threads, thread_name_prefix="thresholds") as threads:
-        sums = sum(threads.map(scores, mine), np.zeros((len(grid), 4)))
-    flat = workers.total(*sums.ravel().tolist(), float(len(mine)))
-    images, sums = int(flat[-1]), np.array(flat[:-1]).reshape(sums.shape)
-    best = int(np.argmax(sums[:, 0]))  # the first of equals: the same on every machine
-    ap, tp, fp, fn = sums[best]
-    peak, fill = grid[best]
-    return peak, fill, {"validation_images": images, "validation_ap50_image_mean": ap / images,
-                        "validation_ap50_pooled": tp / max(1.0, tp + fp + fn)}
-
-
-def whole_map(model: DistanceMapModel, planes: np.ndarray, window: int, at_once: int) -> np.ndarray:
-    """Distance map [Y, X] float32 of one image [3, Y, X], by overlapping windows of `window` px, `at_once` in a batch."""
-    multiple = model.backbone.config.patch_size
-    overlap = max(multiple, window // 4 // multiple * multiple)
-    blend = Blend(*planes.shape[1:], window, overlap, multiple)
-    found: list[np.ndarray] = []
-    batch: list[np.ndarray] = []
-
-    def flush() -> None:
-        with torch.inference_mode():
-            pixels = torch.from_numpy(np.stack(batch)).to(model.decoder.head.weight.device)
-            found.extend(torch.sigmoid(model(pixels))[:, 0].cpu().numpy())
-        batch.clear()
-
-    for piece in blend.windows(planes):
-        batch.append(piece)
-        if len(batch) == at_once:
-            flush()
-    if batch:
-        flush()
-    return blend.merge(found)
 
 
 def training_facts(job: TrainDistanceMapJob, spec: TrainingSpec, store: Store, task: DistanceMapTask, best_step: int,
