@@ -98,7 +98,7 @@ def test_the_demo_runs_verifies_and_its_lines_read_the_output(tmp_path: Path, mo
     assert len(code) == 3
     shown = [_run(line) for line in code[1:]]
     assert shown[0].startswith("(16, 16, 20) (64.0, 64.0, 64.0) ") and "nan" not in shown[0]
-    assert re.fullmatch(r"field00 \(128, 128\) int32 [1-9]\d* cells\n", shown[1])
+    assert re.fullmatch(r"field00\.ome\.tif \(128, 128\) int32 [1-9]\d* cells\n", shown[1])
     scores = json.loads((tmp_path / "demo/cells/scores/evaluation.json").read_text())
     told = next(line for line in lines if "AP50" in line and "not seen" in line)
     assert f"AP50 {scores['summary']['metrics']['AP@0.5']['image_mean']['value']:.3f}" in told

@@ -48,7 +48,7 @@ def draw_cells(side: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         cell = _ellipse(rng, yx, labels)
         if cell is not None:
             labels[cell] = labels.max() + 1
-    light = 0.08 + 0.03 * smooth_noise(rng, labels.shape, side / 5)
+    light = 0.08 + 0.015 * smooth_noise(rng, labels.shape, side / 5)
     grain = smooth_noise(rng, labels.shape, 1.2)
     for number in range(1, int(labels.max()) + 1):
         cell = labels == number

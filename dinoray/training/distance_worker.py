@@ -59,7 +59,8 @@ def run_distance_map(spec: TrainingSpec, workers: Workers, report: Report) -> No
 
 def build_model(job: TrainDistanceMapJob, spec: TrainingSpec) -> DistanceMapModel:
     """The model at the start of training, the same on every worker. Raises WeightsError for other weights."""
-    backbone = load_backbone(job.model, spec.weights, expect_digest=spec.digest or None)
+    backbone = load_backbone(job.model, spec.weights or None, accept_license=job.accept_dinov3_license,
+                             expect_digest=spec.digest or None)
     record = DecoderRecord(taps=tap_layers(backbone.config.depth), channels=job.decoder_channels, norm=job.norm,
                            stem_levels=job.stem_levels)
     return new_model(backbone, record, frozen=job.backbone_learning_rate is None, seed=job.seed)
