@@ -143,6 +143,8 @@ def _told(store: Store, fingerprint: str, say: Callable[[str], None]) -> Trainin
     figures = ", ".join(f"{k.removeprefix('validation_').replace('_', ' ')} {v:.3f}" for k, v in config["metrics"].items()
                         if isinstance(v, float))
     out = shlex.quote(store.url)
+    if not config["metrics"]["validation_ap50_image_mean"]:
+        say("not one cell of the validation images was found: train for longer, and look at the pictures in the report")
     say(f"look at it: dinoray report {out}  or: tensorboard --logdir {out}")
     say(f"dinoray {fingerprint}  complete: {progress['step']} steps ({progress['ended']}), best at {progress['best_step']}, "
         f"on validation {figures}  checkpoint {checkpoint}  "

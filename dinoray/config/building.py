@@ -34,7 +34,8 @@ def recorded_job(values: dict[str, Any]) -> UnitJob:
 
 def _plain(error: Any, model: type[BaseModel]) -> str:
     """What pydantic found, in plain words, with the flag (without dashes: the field of a job file) that it is about."""
-    text = "is needed and was not given" if error["type"] == "missing" else str(error["msg"]).removeprefix("Value error, ")
+    plain = {"missing": "is needed and was not given", "extra_forbidden": "there is no such field"}
+    text = plain.get(error["type"], str(error["msg"]).removeprefix("Value error, "))
     names = "|".join(sorted(model.model_fields, key=len, reverse=True))
     text = re.sub(rf"^({names})(?=: )|(?<![\w-])(?=\w+_)({names})(?!\w)", lambda match: _flag(match[0], model), text)
     name, *inner = [str(part) for part in error["loc"]] or [""]
