@@ -147,6 +147,6 @@ def _told(store: Store, fingerprint: str, say: Callable[[str], None]) -> Trainin
         say("not one cell of the validation images was found: train for longer, and look at the pictures in the report")
     say(f"look at it: dinoray report {out}  or: tensorboard --logdir {out}")
     say(f"dinoray {fingerprint}  complete: {progress['step']} steps ({progress['ended']}), best at {progress['best_step']}, "
-        f"on validation {figures}  checkpoint {checkpoint}  "
+        f"on validation {figures}  checkpoint {checkpoint}, digest {config['weights_digest'][:12]}  "
         f"use it: dinoray segment cells SRC --checkpoint {shlex.quote(checkpoint)} --out OUT")
     return TrainingOutcome(store.url, fingerprint, checkpoint, progress)

@@ -78,6 +78,8 @@ def test_the_life_of_a_training(discs: Path, tmp_path: Path) -> None:
     assert "complete: 40 steps (steps)" in done.splitlines()[-1] and f"--checkpoint {out}/checkpoint" in done.splitlines()[-1]
     model, config = load_segmenter(str(out / "checkpoint"))
     assert (config.crop_px, config.training["steps"], config.backbone.included) == (32, 40, True)
+    assert f"digest {config.weights_digest[:12]}  " in done.splitlines()[-1]
+    assert config.weights_digest in (out / "checkpoint/README.md").read_text()
     best = load_state(open_store_of(out), "best")
     assert best is not None and bool((model.decoder.head.weight == best["model"]["decoder.head.weight"]).all())
     lines = list(status_lines(str(out)))
