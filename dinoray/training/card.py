@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
 
 def model_card(config: SegmenterConfig) -> str:
-    """Of the config that `save_checkpoint` settled: what it is, what it was trained on, how good it was on the validation images, and how to use it."""
+    """What it is, what it was trained on, how good it was on the validation images, and how to use it.
+
+    `config` is the one that `save_checkpoint` settled: its digests are of what is written.
+    """
     facts, metrics, backbone = config.training, config.metrics, config.backbone
     from_scratch = (backbone.weights or "").startswith("random")
     head: dict = {"library_name": "dinoray", "tags": ["cell-segmentation", "instance-segmentation", "distance-map", "dinov3"]}
