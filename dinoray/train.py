@@ -76,7 +76,8 @@ def train_distance_map(job: TrainDistanceMapJob, say: Callable[[str], None] = pr
     for note in _notes(job):
         say(note)
     driver = Driver(store, command, say, takeover=job.takeover)
-    driver.leave, driver.drain_note = leave, "a state is saved, then the training ends"
+    driver.leave, driver.drained_note = leave, "before a step was begun"
+    driver.drain_note = "a state is saved, then the training ends"
     with driver:
         if not known:
             record = {"fingerprint": fingerprint, "identity": identity, "command": command, "kind": f"train {job.kind}",
