@@ -23,6 +23,7 @@ from dinoray.request import KEY
 from dinoray.staging import staged, store_backbone
 from dinoray.train_request import check_training, identity_of, settled
 from dinoray.training.labelled_sets import labelled_sets
+from dinoray.training.listings import keep_listing
 from dinoray.training.spec import TrainingSpec, run_worker
 from dinoray.training.standing import CHECKPOINT, Watch, finished, read_progress
 from dinoray.training.survey import store_survey, stored_survey, survey_images
@@ -66,7 +67,8 @@ def train_distance_map(job: TrainDistanceMapJob, say: Callable[[str], None] = pr
                          todo=f"use {max(size, job.crop_px // size * size)} or {(job.crop_px // size + 1) * size}")
     identity = identity_of(job, backbone, train, validation)
     fingerprint = fingerprint_of(identity)
-    known = check_training(store, fingerprint, identity)
+    sets = {"train": train, "validation": validation}
+    known = check_training(store, fingerprint, identity, sets)
     say(f"dinoray {fingerprint}  {job.kind} over {backbone.config.name} from {backbone.source}, digest {backbone.digest[:12]}, "
         f"{'frozen' if job.backbone_learning_rate is None else 'trained too'}; {parameters / 1e6:.2f} M parameters learn, "
         f"{job.precision} on {job.device}  output {job.out}  resume with: {command or 'the same command'}")
@@ -83,7 +85,9 @@ def train_distance_map(job: TrainDistanceMapJob, say: Callable[[str], None] = pr
             record = {"fingerprint": fingerprint, "identity": identity, "command": command, "kind": f"train {job.kind}",
                       "job": job.model_dump(mode="json"), "libraries": {n: version(n) for n in ("torch", "numpy", "scipy")}}
             store.put(KEY, json.dumps(record, indent=1, sort_keys=True).encode())
-        _survey(job, store, {"train": train, "validation": validation}, say, driver)
+        for name, images in sets.items():
+            keep_listing(store, name, images)
+        _survey(job, store, sets, say, driver)
         weights = job.weights if (job.weights or "").startswith("random") else staged(
             job.staging or job.out, backbone.digest, partial(store_backbone, backbone))
         spec = TrainingSpec(job.kind, job.out, fingerprint, job.model_dump(mode="json"), weights or "", backbone.digest,

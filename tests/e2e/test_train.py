@@ -127,9 +127,18 @@ def test_images_that_change_are_refused(discs: Path, tmp_path: Path, monkeypatch
     with pytest.raises(BadRequest):
         train(values)
     moved.rename(discs)
-    (discs / "00_img.png").write_bytes((discs / "01_img.png").read_bytes())
-    with pytest.raises(ChangedRequest, match=r"inputs.train|inputs.validation"):
+    original = (discs / "00_img.png").read_bytes()
+    (discs / "00_img.png").write_bytes(original + b" ")
+    with pytest.raises(ChangedRequest, match=r"inputs.(train|validation): 1 changed \(00_img: [\d,]+ -> [\d,]+ bytes\)"):
         train(values)
+    (discs / "00_img.png").write_bytes(original)
+    with pytest.raises(ChangedRequest, match=r"1 changed \(00_img: as large, but written anew"):
+        train(values)
+    for kind in ("img", "masks"):
+        (discs / f"00_{kind}.png").rename(discs / f"new_{kind}.png")
+    with pytest.raises(ChangedRequest) as caught:
+        train(values)
+    assert "1 removed (00_img)" in str(caught.value) and "1 added (new_img)" in str(caught.value)
     # ... and while it runs: the workers list them again
     fresh = disc_job(discs, tmp_path / "fresh")
     plain = train_distance_map.__globals__["store_survey"]
