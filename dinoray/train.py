@@ -21,12 +21,12 @@ from dinoray.io.annotations import LabelledImage
 from dinoray.io.stores import Store, open_store
 from dinoray.request import KEY
 from dinoray.staging import staged, store_backbone
-from dinoray.train_request import check_training, identity_of, settled
+from dinoray.train_request import check_training, identity_of, recorded_identity, settled
 from dinoray.training.labelled_sets import labelled_sets
 from dinoray.training.listings import keep_listing
 from dinoray.training.spec import TrainingSpec, run_worker
 from dinoray.training.standing import CHECKPOINT, Watch, finished, read_progress
-from dinoray.training.survey import store_survey, stored_survey, survey_images
+from dinoray.training.survey import same_content, store_survey, stored_survey, survey_images
 from dinoray.units import fingerprint_of
 from dinoray.wording import plural
 
@@ -66,8 +66,12 @@ def train_distance_map(job: TrainDistanceMapJob, say: Callable[[str], None] = pr
         raise BadRequest(f"crop_px={job.crop_px} is not a multiple of the patch size {size}", where="crop_px",
                          todo=f"use {max(size, job.crop_px // size * size)} or {(job.crop_px // size + 1) * size}")
     identity = identity_of(job, backbone, train, validation)
-    fingerprint = fingerprint_of(identity)
+    inputs = identity["inputs"]
     sets = {"train": train, "validation": validation}
+    before = recorded_identity(store, identity, sets)
+    if before is not None and _same_pixels(job, store, sets, say):
+        identity = before
+    fingerprint = fingerprint_of(identity)
     known = check_training(store, fingerprint, identity, sets)
     say(f"dinoray {fingerprint}  {job.kind} over {backbone.config.name} from {backbone.source}, digest {backbone.digest[:12]}, "
         f"{'frozen' if job.backbone_learning_rate is None else 'trained too'}; {parameters / 1e6:.2f} M parameters learn, "
@@ -91,7 +95,7 @@ def train_distance_map(job: TrainDistanceMapJob, say: Callable[[str], None] = pr
         weights = job.weights if (job.weights or "").startswith("random") else staged(
             job.staging or job.out, backbone.digest, partial(store_backbone, backbone))
         spec = TrainingSpec(job.kind, job.out, fingerprint, job.model_dump(mode="json"), weights or "", backbone.digest,
-                            identity["inputs"], driver.token)
+                            inputs, driver.token)
         backbone = None
         with Watch(store, driver.token, say) as watch:
             if job.no_ray:
@@ -139,6 +143,22 @@ def _survey(job: TrainDistanceMapJob, store: Store, sets: dict[str, list[Labelle
             say(f"looking at {plural(len(images), 'labelled image')} for {name}")
             store_survey(store, name, survey_images(images, new_pool(job, images), threads=job.data_threads, say=say, name=name,
                                                     pixel_size_needed=job.pixel_size_um is not None, check=driver.check))
+
+
+def _same_pixels(job: TrainDistanceMapJob, store: Store, sets: dict[str, list[LabelledImage]], say: Callable[[str], None]) -> bool:
+    """Whether files that were moved, copied or touched hold what the training was begun on: every image is read."""
+    from dinoray.training.distance_worker import new_pool
+
+    for name, images in sets.items():
+        before = stored_survey(store, name)
+        if before is None:
+            return False
+        say(f"files of {name} were written anew or lie elsewhere: looking whether {plural(len(images), 'labelled image')} "
+            "hold what they held")
+        if not same_content(before, survey_images(images, new_pool(job, images), threads=job.data_threads, say=say, name=name,
+                                                  pixel_size_needed=job.pixel_size_um is not None)):
+            return False
+    return True
 
 
 def _told(store: Store, fingerprint: str, say: Callable[[str], None]) -> TrainingOutcome:

@@ -70,6 +70,23 @@ def identity_of(job: TrainDistanceMapJob, backbone: Backbone, train: list[Labell
             "inputs": {"train": listing_digest(train), "validation": listing_digest(validation)}}
 
 
+def recorded_identity(store: Store, identity: dict[str, Any], sets: Mapping[str, Sequence[LabelledImage]]) -> dict[str, Any] | None:
+    """The identity that the output was begun with, where nothing differs from `identity` but the places and versions of
+    files, the images and their sizes being the same; else None."""
+    try:
+        then = json.loads(store.get(KEY))["identity"]
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return None  # `check_training` says what is wrong with it
+    now = json.loads(canonical_json(identity))
+    if then == now or then | {"inputs": None} != now | {"inputs": None}:
+        return None
+    for name, images in sets.items():
+        kept, same = stored_listing(store, name), ["source", "image_id", "sizes"]
+        if kept is None or not kept.select(same).equals(listing_of(images).select(same)):
+            return None
+    return then
+
+
 def check_training(store: Store, fingerprint: str, identity: dict[str, Any],
                    sets: Mapping[str, Sequence[LabelledImage]]) -> bool:
     """Whether the output is this training's already. `sets`: the images behind `identity["inputs"]`, to name those that
