@@ -236,3 +236,4 @@ def test_idle_workers_are_pointed_out_and_history_is_json(discs: Path, tmp_path:
     assert [row["step"] for row in history] == [1, 2, 2, 3, 3]
     again, told = train(disc_job(discs, tmp_path / "out", steps=3, validate_every=2))
     assert again.checkpoint == outcome.checkpoint and told[1:] == said[-3:]
+    assert "not one cell of the validation images was found" in told[1], "three steps teach nothing"
