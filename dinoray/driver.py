@@ -64,6 +64,8 @@ class Driver:
         """What to do when asked to stop at once (`dinoray stop` without --drain); set by the command line."""
         self.drain_note = "units in work are finished, no new ones are begun"
         """What a drain means for this kind of run."""
+        self.drained_note = "after the units that were in work"
+        """When a run of this kind ends that was asked to."""
         self._lost = ""
         self._drain = False
         self._looking = threading.Lock()
@@ -104,7 +106,7 @@ class Driver:
         self.check_lost()
         self._look_for_stop()  # the runners may have seen it before our own thread did
         if self._drain:
-            raise Stopped("stopped as asked, after the units that were in work", where=self.store.url,
+            raise Stopped(f"stopped as asked, {self.drained_note}", where=self.store.url,
                           todo="run the same command again: it resumes")
 
     def release(self) -> None:
@@ -220,14 +222,16 @@ def stop_mode(store: Store) -> str | None:
         return "drain"  # the file is there: whoever made it wants the run to end
 
 
-def stop(store: Store, *, drain: bool, say: Callable[[str], None], timeout_s: float | None = None) -> bool:
-    """Ask the driver of an output to stop and wait until it has; False when `timeout_s` passed first."""
+def stop(store: Store, *, drain: bool, say: Callable[[str], None], timeout_s: float | None = None,
+         work: str = "the units in work") -> bool:
+    """Ask the driver of an output to stop and wait until it has; False when `timeout_s` passed first. `work` names what a
+    drain waits for."""
     found = _read(store)
     if found is None or _is_dead(found):
         say("no run is at work on this output" + (f" (the last one, {describe(found)}, is gone)" if found else ""))
         return True
     store.put(STOP_KEY, json.dumps({"mode": "drain" if drain else "now"}).encode())
-    say(f"asked {describe(found)} to stop" + (" after the units in work" if drain else " now"))
+    say(f"asked {describe(found)} to stop" + (f" after {work}" if drain else " now"))
     began, changed, seen = time.monotonic(), time.monotonic(), found
     while (now := _read(store)) is not None and now.get("token") == found.get("token") and not _is_dead(now):
         if now != seen:

@@ -21,11 +21,12 @@ from dinoray.io.annotations import LabelledImage
 from dinoray.io.stores import Store, open_store
 from dinoray.request import KEY
 from dinoray.staging import staged, store_backbone
-from dinoray.train_request import check_training, identity_of, settled
+from dinoray.train_request import check_training, identity_of, recorded_identity, settled
 from dinoray.training.labelled_sets import labelled_sets
+from dinoray.training.listings import keep_listing
 from dinoray.training.spec import TrainingSpec, run_worker
 from dinoray.training.standing import CHECKPOINT, Watch, finished, read_progress
-from dinoray.training.survey import store_survey, stored_survey, survey_images
+from dinoray.training.survey import same_content, store_survey, stored_survey, survey_images
 from dinoray.units import fingerprint_of
 from dinoray.wording import plural
 
@@ -65,8 +66,13 @@ def train_distance_map(job: TrainDistanceMapJob, say: Callable[[str], None] = pr
         raise BadRequest(f"crop_px={job.crop_px} is not a multiple of the patch size {size}", where="crop_px",
                          todo=f"use {max(size, job.crop_px // size * size)} or {(job.crop_px // size + 1) * size}")
     identity = identity_of(job, backbone, train, validation)
+    inputs = identity["inputs"]
+    sets = {"train": train, "validation": validation}
+    before = recorded_identity(store, identity, sets)
+    if before is not None and _same_pixels(job, store, sets, say):
+        identity = before
     fingerprint = fingerprint_of(identity)
-    known = check_training(store, fingerprint, identity)
+    known = check_training(store, fingerprint, identity, sets)
     say(f"dinoray {fingerprint}  {job.kind} over {backbone.config.name} from {backbone.source}, digest {backbone.digest[:12]}, "
         f"{'frozen' if job.backbone_learning_rate is None else 'trained too'}; {parameters / 1e6:.2f} M parameters learn, "
         f"{job.precision} on {job.device}  output {job.out}  resume with: {command or 'the same command'}")
@@ -76,17 +82,20 @@ def train_distance_map(job: TrainDistanceMapJob, say: Callable[[str], None] = pr
     for note in _notes(job):
         say(note)
     driver = Driver(store, command, say, takeover=job.takeover)
-    driver.leave, driver.drain_note = leave, "a state is saved, then the training ends"
+    driver.leave, driver.drained_note = leave, "before a step was begun"
+    driver.drain_note = "a state is saved, then the training ends"
     with driver:
         if not known:
             record = {"fingerprint": fingerprint, "identity": identity, "command": command, "kind": f"train {job.kind}",
                       "job": job.model_dump(mode="json"), "libraries": {n: version(n) for n in ("torch", "numpy", "scipy")}}
             store.put(KEY, json.dumps(record, indent=1, sort_keys=True).encode())
-        _survey(job, store, {"train": train, "validation": validation}, say, driver)
+        for name, images in sets.items():
+            keep_listing(store, name, images)
+        _survey(job, store, sets, say, driver)
         weights = job.weights if (job.weights or "").startswith("random") else staged(
             job.staging or job.out, backbone.digest, partial(store_backbone, backbone))
         spec = TrainingSpec(job.kind, job.out, fingerprint, job.model_dump(mode="json"), weights or "", backbone.digest,
-                            identity["inputs"], driver.token)
+                            inputs, driver.token)
         backbone = None
         with Watch(store, driver.token, say) as watch:
             if job.no_ray:
@@ -136,6 +145,22 @@ def _survey(job: TrainDistanceMapJob, store: Store, sets: dict[str, list[Labelle
                                                     pixel_size_needed=job.pixel_size_um is not None, check=driver.check))
 
 
+def _same_pixels(job: TrainDistanceMapJob, store: Store, sets: dict[str, list[LabelledImage]], say: Callable[[str], None]) -> bool:
+    """Whether files that were moved, copied or touched hold what the training was begun on: every image is read."""
+    from dinoray.training.distance_worker import new_pool
+
+    for name, images in sets.items():
+        before = stored_survey(store, name)
+        if before is None:
+            return False
+        say(f"files of {name} were written anew or lie elsewhere: looking whether {plural(len(images), 'labelled image')} "
+            "hold what they held")
+        if not same_content(before, survey_images(images, new_pool(job, images), threads=job.data_threads, say=say, name=name,
+                                                  pixel_size_needed=job.pixel_size_um is not None)):
+            return False
+    return True
+
+
 def _told(store: Store, fingerprint: str, say: Callable[[str], None]) -> TrainingOutcome:
     """The last lines of a training that is complete."""
     checkpoint, progress = f"{store.url}/{CHECKPOINT}", read_progress(store)
@@ -147,6 +172,6 @@ def _told(store: Store, fingerprint: str, say: Callable[[str], None]) -> Trainin
         say("not one cell of the validation images was found: train for longer, and look at the pictures in the report")
     say(f"look at it: dinoray report {out}  or: tensorboard --logdir {out}")
     say(f"dinoray {fingerprint}  complete: {progress['step']} steps ({progress['ended']}), best at {progress['best_step']}, "
-        f"on validation {figures}  checkpoint {checkpoint}  "
+        f"on validation {figures}  checkpoint {checkpoint}, digest {config['weights_digest'][:12]}  "
         f"use it: dinoray segment cells SRC --checkpoint {shlex.quote(checkpoint)} --out OUT")
     return TrainingOutcome(store.url, fingerprint, checkpoint, progress)

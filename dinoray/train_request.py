@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from dinoray.io.annotations import LabelledImage
 from dinoray.io.annotations import digest as listing_digest
 from dinoray.io.stores import Store, is_local, local_path
 from dinoray.request import KEY, differences
+from dinoray.training.listings import listing_changes, listing_of, stored_listing
 from dinoray.vision.backbone import Backbone
 
 FORMAT = 1
@@ -68,8 +70,27 @@ def identity_of(job: TrainDistanceMapJob, backbone: Backbone, train: list[Labell
             "inputs": {"train": listing_digest(train), "validation": listing_digest(validation)}}
 
 
-def check_training(store: Store, fingerprint: str, identity: dict[str, Any]) -> bool:
-    """Whether the output is this training's already. Raises BadRequest, ChangedRequest when it is something else's,
+def recorded_identity(store: Store, identity: dict[str, Any], sets: Mapping[str, Sequence[LabelledImage]]) -> dict[str, Any] | None:
+    """The identity that the output was begun with, where nothing differs from `identity` but the places and versions of
+    files, the images and their sizes being the same; else None."""
+    try:
+        then = json.loads(store.get(KEY))["identity"]
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return None  # `check_training` says what is wrong with it
+    now = json.loads(canonical_json(identity))
+    if then == now or then | {"inputs": None} != now | {"inputs": None}:
+        return None
+    for name, images in sets.items():
+        kept, same = stored_listing(store, name), ["source", "image_id", "sizes"]
+        if kept is None or not kept.select(same).equals(listing_of(images).select(same)):
+            return None
+    return then
+
+
+def check_training(store: Store, fingerprint: str, identity: dict[str, Any],
+                   sets: Mapping[str, Sequence[LabelledImage]]) -> bool:
+    """Whether the output is this training's already. `sets`: the images behind `identity["inputs"]`, to name those that
+    differ. Raises BadRequest, ChangedRequest when it is something else's,
     OutputDamaged when its record cannot be read."""
     try:
         record = json.loads(store.get(KEY))
@@ -87,7 +108,16 @@ def check_training(store: Store, fingerprint: str, identity: dict[str, Any]) -> 
         raise OutputDamaged(f"the record of the job cannot be read: {error!r}", where=f"{store.url}/{KEY}",
                             todo="restore it from a copy, or use another out") from error
     if before != fingerprint:
-        changes = differences(then, json.loads(canonical_json(identity)))
+        changes = [_with_names(store, line, sets) for line in differences(then, json.loads(canonical_json(identity)))]
         raise ChangedRequest("this output was made with other settings or data:\n  " + "\n  ".join(changes[:20]), where=store.url,
                              todo="use another out, or the same settings to resume")
     return True
+
+
+def _with_names(store: Store, line: str, sets: Mapping[str, Sequence[LabelledImage]]) -> str:
+    """A line of `differences`; where it is about images and theirs were kept, with their names in place of digests."""
+    for name, images in sets.items():
+        if line.startswith(f"inputs.{name}: ") and (kept := stored_listing(store, name)) is not None:
+            changes = listing_changes(kept, listing_of(images))
+            return f"inputs.{name}: {changes}" if changes else line
+    return line

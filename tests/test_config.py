@@ -17,6 +17,7 @@ from dinoray.config import (
     ExtractImagesJob,
     ExtractVolumeJob,
     SegmentCellsJob,
+    TrainDistanceMapJob,
     build_job,
     canonical_json,
     channel_groups,
@@ -201,6 +202,39 @@ def test_bad_overrides(tmp_path: Path, override: str) -> None:
     file.write_text("out: o")
     with pytest.raises(BadRequest, match="not an override"):
         read_job_file(file, [override])
+
+
+def training(**values: object) -> TrainDistanceMapJob:
+    return build_job(TrainDistanceMapJob, {"train": [{"images": "in"}], "out": "o", "model": "vits16", **values})
+
+
+def test_an_override_may_lead_into_a_field(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(yaml.safe_dump({"train": [{"images": "in"}], "out": "o", "model": "vits16", "where": None}))
+    values = read_job_file(file, ["augmentation.p_rotate=0", "augmentation.flips=false", "train.0.weight=2.5", "where.Plate=A"])
+    assert values.pop("where") == {"Plate": "A"}
+    built = build_job(TrainDistanceMapJob, values)
+    assert (built.augmentation.p_rotate, built.augmentation.flips, built.train[0].weight) == (0, False, 2.5)
+    for override in ("train.1.weight=2", "train.x=2", "out.a=1", "train.0.images.a=1"):
+        with pytest.raises(BadRequest, match="not an override"):
+            read_job_file(file, [override])
+
+
+def test_a_wrong_inner_field_is_told_alone_and_with_the_fields_beside_it() -> None:
+    with pytest.raises(BadRequest) as caught:
+        training(augmentation={"p_rotatee": 0})
+    assert caught.value.todo.startswith("fields of augmentation: flips, p_rotate, ") and "out" not in caught.value.todo.split(", ")
+    with pytest.raises(BadRequest) as caught:
+        training(train=[{"images": "in", "weights": 1}], nonsense=1)
+    assert "fields of train.0: images, labels, " in caught.value.todo and "fields: out, " in caught.value.todo
+    with pytest.raises(BadRequest) as caught:
+        training(train=[{"images": "in", "weight": -1}])
+    assert [line.split(":")[0] for line in caught.value.what.splitlines()[1:]] == ["  train.0.weight"]
+
+
+@pytest.mark.parametrize(("written", "kept"), [(1, "1"), ("1", "1"), ("DNA", "DNA")])
+def test_the_channels_of_a_training_may_be_a_number(written: object, kept: str) -> None:
+    assert training(channels=written).channels == kept
 
 
 @pytest.mark.parametrize("key", ["on", "1", "null", "2.5"])

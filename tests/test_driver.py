@@ -193,7 +193,8 @@ def test_stop_waits_for_the_driver_and_can_give_up(monkeypatch: pytest.MonkeyPat
     store, said = DictStore(), []
     driver = make(store)
     driver.__enter__()
-    assert not stop(store, drain=True, say=said.append, timeout_s=0.1)
+    assert not stop(store, drain=True, say=said.append, timeout_s=0.1, work="the step in work")
+    assert said[-1].endswith("to stop after the step in work")
     timer = threading.Timer(0.2, lambda: driver.__exit__(None, None, None))
     timer.start()
     assert stop(store, drain=True, say=said.append)

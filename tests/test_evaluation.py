@@ -149,12 +149,23 @@ def test_missing_predictions_are_said(folders, tmp_path: Path, monkeypatch, caps
     (["--groups", "nowhere.json"], "no such file"),
     (["--pred", "nowhere"], "no such file or folder"),
     (["--kind", "dsb"], "no <id>/images"),
+    (["--kind", "dsb", "--images", "x"], "leave --images out"),
 ])
 def test_bad_requests_exit_with_2_and_write_nothing(folders, tmp_path: Path, monkeypatch, capsys, flags: list[str],
                                                     message: str) -> None:
     code, _, err = call(monkeypatch, capsys, "--pred", folders[0], "--truth", folders[1], "--out", tmp_path / "o", *flags)
     assert code == 2 and message in err
     assert not (tmp_path / "o").exists()
+
+
+def test_true_labels_that_were_taken_for_images_are_named(folders, monkeypatch, capsys) -> None:
+    tifffile.imwrite(folders[1] / "worst.tif", SET["worst"][1])
+    argv = ("--pred", folders[0], "--truth", folders[1], "--bootstrap", "0")
+    assert "taken for images" not in call(monkeypatch, capsys, *argv)[1], "it has its labels beside it"
+    tifffile.imwrite(folders[1] / "lone.tif", SET["b"][1])
+    code, text, _ = call(monkeypatch, capsys, *argv)
+    assert code == 0 and "all images: 4 images" in text
+    assert "1 file without a suffix such as _masks" in text and "taken for images and not scored: lone.tif" in text
 
 
 def test_broken_files_are_named_all_at_once(folders: tuple[Path, Path]) -> None:

@@ -41,6 +41,8 @@ def cells(
 
     if kind not in KINDS:
         raise BadRequest(f"unknown layout {kind!r}", where="--kind", todo=f"one of {', '.join(KINDS)}")
+    if kind == "dsb" and images is not None:
+        raise BadRequest("a DSB folder holds its images itself", where="--images", todo="leave --images out")
     if by is not None and groups is None:
         raise BadRequest("--by names a column of --groups", where="--by", todo="give --groups TABLE")
     chosen = [name.strip() for text in ids or () for name in text.split(",") if name.strip()]
@@ -48,12 +50,13 @@ def cells(
         source = build_job(LabelledSource, {"images": images, "labels": truth, "kind": "auto" if kind == "labels" else kind})
     else:
         source = truth if kind == "labels" else build_job(LabelledSource, {"images": truth, "kind": kind})
-    found = list_truth(source)
+    notes: list[str] = []
+    found = list_truth(source, notes.append)
     pairs, unused = pair_up(list_predictions(pred), choose(found, chosen) if chosen else found, allow_missing=allow_missing)
     settings = {"pred": pred, "truth": truth, "kind": kind, "images": images, "ids": ids, "groups": groups, "by": by}
     result = evaluate_cells(pairs, thresholds=_numbers(thresholds), resamples=bootstrap, seed=seed, settings=settings,
                             groups=read_groups(groups, by) if groups else None)
-    result.notes[:0] = output_notes(pred)
+    result.notes[:0] = [*notes, *output_notes(pred)]
     if unused:
         result.notes.append(f"{len(unused):,} predictions without true labels are not scored: {', '.join(unused[:5])}"
                             + (f" and {len(unused) - 5:,} more" if len(unused) > 5 else ""))

@@ -90,15 +90,17 @@ def extend(out: Out, sources: Annotated[list[str], typer.Argument(help="What to 
 
 
 @app.command()
-def stop(out: Out, drain: Annotated[bool, typer.Option("--drain", help="Finish the units in work first.")] = False,
+def stop(out: Out, drain: Annotated[bool, typer.Option("--drain", help="Finish the units or the step in work first.")] = False,
          timeout_s: Annotated[float | None, typer.Option(help="Wait no longer than this (s) for it to end.")] = None) -> None:
     """Ask the run that is at work on an output to end; running its command again resumes it."""
     from dinoray.driver import stop
     from dinoray.io.stores import open_store
+    from dinoray.verification import training_record
 
     store = open_store(out)
     if not any(store.exists(f"_dinoray/{name}") for name in ("job.json", "driver.json")):
         raise BadRequest("this is not an output of dinoray", where=out, todo="give the --out of a run")
-    if not stop(store, drain=drain, say=say, timeout_s=timeout_s):
+    work = "the step in work" if training_record(store) is not None else "the units in work"
+    if not stop(store, drain=drain, say=say, timeout_s=timeout_s, work=work):
         say("it has not ended yet; the request stands")
         raise typer.Exit(1)

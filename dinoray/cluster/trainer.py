@@ -6,6 +6,7 @@ no Ray at all goes on from the same step. Ray Train gives the process group, the
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -23,8 +24,11 @@ from dinoray.cluster.pool import quiet_console
 from dinoray.cluster.resources import connect, disconnect
 from dinoray.cluster.worker_shape import WorkerShape, worker_shape
 from dinoray.errors import DinorayError, SystemicError, TransientError
-from dinoray.io.stores import filesystem, is_local, local_path
+from dinoray.io.stores import filesystem, is_local, local_path, open_store
 from dinoray.training.spec import TrainingSpec, run_worker
+from dinoray.training.standing import note_failure
+
+logger = logging.getLogger(__name__)
 
 LOOK_S = 1.0
 """How often the driver looks whether it still holds the output."""
@@ -55,7 +59,8 @@ def _trainer(spec: TrainingSpec, shape: WorkerShape) -> TorchTrainer:
         _worker, train_loop_config={"spec": asdict(spec), "threads": shape.num_cpus}, scaling_config=shape.scaling(),
         torch_config=TorchConfig(backend="nccl" if shape.num_gpus else "gloo"),
         # the name is new for each run: Ray would else take up notes of its own from an earlier one
-        run_config=RunConfig(name=f"dinoray-{spec.fingerprint}-{spec.token[:8]}", callbacks=[EndHopeless()],
+        run_config=RunConfig(name=f"dinoray-{spec.fingerprint}-{spec.token[:8]}",
+                             callbacks=[OnFailure(spec.out, spec.token, spec.job["max_restarts"])],
                              failure_config=FailureConfig(max_failures=spec.job["max_restarts"]), **ray_storage(spec.out)))
 
 
@@ -81,9 +86,8 @@ def _wait(trainer: TorchTrainer, spec: TrainingSpec, shape: WorkerShape, say: Ca
     cause = _cause(error)
     if isinstance(cause, DinorayError) and _is_hopeless(cause):
         raise cause from error
-    what = cause.what if isinstance(cause, DinorayError) else f"{type(cause).__name__}: {_first_line(cause)}"
     times = spec.job["max_restarts"] + 1
-    raise SystemicError(f"the workers failed {'once' if times == 1 else f'{times} times'}, the last time with: {what}",
+    raise SystemicError(f"the workers failed {'once' if times == 1 else f'{times} times'}, the last time with: {_in_short(cause)}",
                         where=getattr(cause, "where", "") or spec.out,
                         todo="mend the cause, then run the same command again: it resumes from the last state") from error
 
@@ -106,8 +110,12 @@ def _worker(config: dict[str, Any]) -> None:
     run_worker(spec, lambda metrics: ray.train.report(metrics))
 
 
-class EndHopeless(UserCallback):
-    """In Ray's controller: ends the training at once for an error that starting again cannot mend."""
+class OnFailure(UserCallback):
+    """In Ray's controller: ends the training at once for an error that starting again cannot mend, and notes any other one
+    beside the output, for who watches."""
+
+    def __init__(self, out: str, run: str, limit: int):
+        self.out, self.run, self.limit = out, run, limit
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Raise it again here: what a callback raises ends a run, what a worker raises starts it anew."""
@@ -115,6 +123,10 @@ class EndHopeless(UserCallback):
         cause = first_cause(worker_exceptions)
         if _is_hopeless(cause):
             raise cause
+        try:
+            note_failure(open_store(self.out), self.run, _in_short(cause), self.limit)
+        except (DinorayError, OSError) as error:  # it is for reading only: what is raised here would end the training
+            logger.warning("why the workers are started again could not be noted: %s", error)
 
 
 def first_cause(failures: dict[int, Exception]) -> BaseException:
@@ -144,6 +156,10 @@ def _unwrapped(error: BaseException) -> BaseException:
 def _cause(error: ray.train.TrainingFailedError) -> BaseException:
     failures = getattr(error, "worker_failures", None)
     return first_cause(failures) if failures else _unwrapped(error)
+
+
+def _in_short(error: BaseException) -> str:
+    return error.what if isinstance(error, DinorayError) else f"{type(error).__name__}: {_first_line(error)}"
 
 
 def _first_line(error: BaseException) -> str:

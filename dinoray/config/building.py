@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -49,23 +49,42 @@ def _flag(name: str, model: type[BaseModel]) -> str:
     return "--" + name.replace("_", "-") if name in model.model_fields and name != "sources" else name
 
 
+def _fields_of(model: type[BaseModel], place: tuple[Any, ...]) -> str:
+    """`fields: a, b`, or `fields of augmentation: a, b` where `place` leads from the model into one that it holds."""
+    for part in place:
+        if part in model.model_fields:
+            inner = _models_in(model.model_fields[part].annotation)
+            model = inner[0] if inner else model
+    name = ".".join(map(str, place))
+    return f"fields{f' of {name}' if name else ''}: {', '.join(model.model_fields)}"
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The models that a type is made of, such as the one in `tuple[LabelledSource, ...] | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for part in get_args(annotation) for found in _models_in(part)]
+
+
 def build_job(model: type[Job], values: dict[str, Any]) -> Job:
     """Validate a job; every problem is listed with its flag or field. Raises BadRequest."""
     try:
         return model.model_validate(values)  # not model(**values): YAML keys may be no text
     except ValidationError as error:
-        found = error.errors()
-        unknown = any(e["type"] in ("extra_forbidden", "invalid_key") for e in found)
-        todo = f"fields: {', '.join(model.model_fields)}" if unknown else \
-            getattr(model, "help_hint", f"`dinoray {getattr(model, 'verb', 'extract')} {getattr(model, 'command', 'images')} "
-                    "--help` explains each")
+        whole = error.errors()
+        # a list of which one item is wrong is also "too short": only what began it is told
+        found = [e for e in whole if not any(len(o["loc"]) > len(e["loc"]) and o["loc"][:len(e["loc"])] == e["loc"] for o in whole)]
+        unknown = dict.fromkeys(e["loc"][:-1] for e in found if e["type"] in ("extra_forbidden", "invalid_key"))
+        todo = "; ".join(_fields_of(model, place) for place in unknown) or getattr(
+                model, "help_hint", f"`dinoray {getattr(model, 'verb', 'extract')} {getattr(model, 'command', 'images')} "
+                "--help` explains each")
         raise BadRequest("the job is not valid:\n  " + "\n  ".join(_plain(e, model) for e in found), todo=todo) from error
 
 
 def read_job_file(path: str | Path, overrides: list[str] | None = None,
                   model: type[BaseModel] = ExtractImagesJob) -> dict[str, Any]:
-    """A job's YAML (safe loader) with `key=value` overrides, values read as YAML; `model` names the fields in messages.
-    Raises BadRequest."""
+    """A job's YAML (safe loader) with `key=value` overrides, values read as YAML; `augmentation.p_rotate=0` and
+    `train.0.weight=2` change what is inside a field. `model` names the fields in messages. Raises BadRequest."""
     try:
         values = yaml.safe_load(Path(path).read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no UTF-8, dates such as 2024-13-45
@@ -79,10 +98,35 @@ def read_job_file(path: str | Path, overrides: list[str] | None = None,
         if not equals:
             raise BadRequest(f"not an override: {override!r}", todo="write key=value")
         try:
-            values[key.strip()] = yaml.safe_load(text)
+            _put(values, key.strip(), yaml.safe_load(text))
         except (ValueError, yaml.YAMLError) as error:
             raise BadRequest(f"not an override: {override!r}: {error}") from error
     return values
+
+
+def _put(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a field, or what `field.inner` leads to. Raises BadRequest where it leads through something else."""
+    *path, last = key.split(".")
+    at: Any = values
+    for number, part in enumerate(path):
+        at, held = _step(at, part, key), at
+        if at is None:
+            at = {}
+            held[int(part) if isinstance(held, list) else part] = at
+        if not isinstance(at, dict | list):
+            raise BadRequest(f"not an override: {key!r}: {'.'.join(path[:number + 1])} holds {at!r}, nothing with fields",
+                             todo="name a field of a field, such as augmentation.p_rotate=0")
+    _step(at, last, key)
+    at[int(last) if isinstance(at, list) else last] = value
+
+
+def _step(at: dict | list, part: str, key: str) -> Any:
+    """What a mapping or list holds there; None for nothing yet. Raises BadRequest outside a list."""
+    if isinstance(at, dict):
+        return at.get(part)
+    if not (part.isascii() and part.isdigit() and int(part) < len(at)):
+        raise BadRequest(f"not an override: {key!r}: no item {part!r} in a list of {len(at)}", todo="items are counted from 0")
+    return at[int(part)]
 
 
 def canonical_json(value: Any) -> str:

@@ -157,6 +157,11 @@ class TrainDistanceMapJob(TrainingJob):
     validation_crops: int = Field(256, ge=1)
     """Most crops in a validation, spread evenly over the validation images."""
 
+    @field_validator("channels", mode="before")
+    @classmethod
+    def _channels_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.scaling_low_percent >= self.scaling_high_percent:

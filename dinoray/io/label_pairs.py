@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from urllib.parse import unquote
 
@@ -29,6 +29,7 @@ from dinoray.io.objects import image_stem, label_keys
 from dinoray.io.sources import list_items
 from dinoray.io.storage_errors import listing_errors
 from dinoray.io.stores import filesystem, is_local, local_path, on_inputs
+from dinoray.wording import plural
 
 MASKS = "masks"
 """The folder of label images in an output of `dinoray segment cells`."""
@@ -70,14 +71,19 @@ class LabelPair:
         return pred, truth
 
 
-def list_truth(source: LabelledSource | str) -> list[TrueLabels]:
+def list_truth(source: LabelledSource | str, note: Callable[[str], None] = lambda line: None) -> list[TrueLabels]:
     """The truth of a labelled source of any layout, or of a folder, glob or URL of label images, sorted by image_id.
 
+    `note` gets a line about files that were passed over because others have a suffix such as `_masks` and these have not.
     Raises BadRequest when there is none, or two for one image.
     """
     if isinstance(source, LabelledSource):
         return [TrueLabels(image.image_id, image.truth, image.item) for image in list_labelled(source)]
     labels, images = _label_files(source)
+    alone = [item.item_id for name, item in images.items() if name not in labels]
+    if alone:
+        note(f"{plural(len(alone), 'file')} without a suffix such as _masks, beside true labels with one, taken for images and "
+             f"not scored: {_some(alone)}")
     return [TrueLabels(name, LabelFile(item.files[0]), images.get(name)) for name, item in sorted(labels.items())]
 
 

@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
 
 def model_card(config: SegmenterConfig) -> str:
-    """What it is, what it was trained on, how good it was on the validation images, and how to use it."""
+    """What it is, what it was trained on, how good it was on the validation images, and how to use it.
+
+    `config` is the one that `save_checkpoint` settled: its digests are of what is written.
+    """
     facts, metrics, backbone = config.training, config.metrics, config.backbone
     from_scratch = (backbone.weights or "").startswith("random")
     head: dict = {"library_name": "dinoray", "tags": ["cell-segmentation", "instance-segmentation", "distance-map", "dinov3"]}
@@ -63,5 +66,7 @@ Thresholds were chosen on these validation images: expect a little less elsewher
 {json.dumps({k: v for k, v in facts.items() if k not in ('sources', 'augmentation')}, indent=1)}
 ```
 
-Digest of all weights: `{config.weights_digest or 'see config.json'}`; of the backbone: `{backbone.digest}`.
+`seconds` is the wall time of the steps that are in the result, without those that a restart computed again.
+
+Digest of all weights: `{config.weights_digest}`; of the backbone: `{backbone.digest}`.
 """

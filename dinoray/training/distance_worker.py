@@ -107,7 +107,7 @@ def finish(job: TrainDistanceMapJob, spec: TrainingSpec, task: DistanceMapTask, 
                    peak=peak, fill=fill)
     reach("train.checkpoint")
     check()
-    save_checkpoint(store, CHECKPOINT, task.model, config, model_card(config))
+    save_checkpoint(store, CHECKPOINT, task.model, config, model_card)
     workers.barrier()
 
 

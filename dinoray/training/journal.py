@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dinoray.io.stores import LocalStore, Store
 from dinoray.training.board import Board
-from dinoray.training.standing import PROGRESS_KEY
+from dinoray.training.standing import PROGRESS_KEY, read_progress
 
 if TYPE_CHECKING:
     from dinoray.training.loop import Progress
@@ -26,6 +26,9 @@ class Journal:
     def __init__(self, store: Store, progress: Progress, steps: int, workers: int, run: str = ""):
         """`run` names the driver's run, so that a watcher can tell this one's figures from an earlier one's."""
         self.store, self.steps, self.workers, self.run = store, steps, workers, run
+        before = read_progress(store)
+        self.starts = before.get("starts", 1) + 1 if run and before.get("run") == run else 1
+        """How often the workers of this run began, with this time."""
         self._told = time.monotonic()
         self._temporary = None if isinstance(store, LocalStore) else tempfile.TemporaryDirectory(prefix="dinoray-board-")
         self.folder = Path(store.root) / BOARD if isinstance(store, LocalStore) else Path(self._temporary.name)  # type: ignore[union-attr]
@@ -63,7 +66,7 @@ class Journal:
         return figures | {"step": progress.step, "steps": self.steps, "seconds": round(progress.seconds, 1),
                           "best_loss": progress.best_loss if progress.best_step else None, "best_step": progress.best_step,
                           "ended": progress.ended, "workers": self.workers, "micro_batch": progress.micro_batch,
-                          "run": self.run}
+                          "run": self.run, "starts": self.starts}
 
     def close(self) -> None:
         """Flush and close the board."""

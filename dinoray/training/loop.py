@@ -66,7 +66,7 @@ class Progress:
     best_step: int = 0
     bad_validations: int = 0
     seconds: float = 0.0
-    """Wall time of the steps and validations so far, over all runs."""
+    """Wall time of the steps and validations up to `step`, over all runs; what a restart computed again counts once."""
     micro_batch: int = 0
     """What running out of memory has left of the job's; 0 is all of it."""
     ended: str = ""

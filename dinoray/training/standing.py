@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 PROGRESS_KEY, CHECKPOINT = "_dinoray/progress.json", "checkpoint"
 """The last figures; the folder of the output that is the result."""
+FAILURE_KEY = "_dinoray/failure.json"
+"""Why the workers were last started again."""
 WATCH_S, TELL_S = 1.0, 10.0
 """How often a watcher looks (five times as long on remote stores), and tells at most."""
 
@@ -28,6 +30,21 @@ def read_progress(store: Store) -> dict[str, Any]:
         return json.loads(store.get(PROGRESS_KEY))
     except FileNotFoundError:
         return {}
+
+
+def note_failure(store: Store, run: str, why: str, limit: int) -> None:
+    """Keep why the workers of the driver `run` failed, how often they have, and how often they may (-1: without limit)."""
+    before = _read_failure(store, run)
+    note = {"run": run, "why": why, "count": before.get("count", 0) + 1, "limit": limit}
+    store.put(FAILURE_KEY, json.dumps(note).encode())
+
+
+def _read_failure(store: Store, run: str) -> dict[str, Any]:
+    try:
+        found = json.loads(store.get(FAILURE_KEY))
+    except FileNotFoundError:
+        return {}
+    return found if found.get("run") == run else {}
 
 
 def finished(store: Store, fingerprint: str) -> bool:
@@ -58,6 +75,8 @@ def standing_lines(store: Store, record: dict[str, Any]) -> Iterator[str]:
         return
     workers = f" on {plural(progress['workers'], 'worker')}" if progress.get("workers") else ""
     yield figures(progress) + f"  {progress.get('seconds', 0.0):.0f} s so far{workers}"
+    if progress.get("starts", 1) > 1:
+        yield f"the workers of this run were started {progress['starts']} times"
     if progress.get("best_step"):
         yield f"best validation loss {progress['best_loss']:.4g} at step {progress['best_step']}"
     if finished(store, record["fingerprint"]):
@@ -77,6 +96,7 @@ class Watch(threading.Thread):
         """Whether this run's workers are at work."""
         self._end = threading.Event()
         self._told, self._next, self._micro_batch = -1, 0.0, 0
+        self._starts, self._failures = 1, 0
 
     def __enter__(self) -> Watch:
         self.start()
@@ -94,20 +114,35 @@ class Watch(threading.Thread):
 
     def _look(self) -> None:
         try:
-            found = read_progress(self.store)
+            self._tell(read_progress(self.store))
         except (DinorayError, OSError) as error:  # the work itself will say what is wrong with the storage
             logger.warning("the progress of the training could not be read: %s", error)
-            return
+
+    def _tell(self, found: dict[str, Any]) -> None:
         if not found or found.get("run") != self.run_name:
             return
         if not self.begun:
-            self.begun, self._told = True, found["step"]
-            if found["step"]:
+            self.begun, self._told, self._micro_batch = True, found["step"], found["micro_batch"]
+            if _read_failure(self.store, self.run_name):  # before their first step
+                self.say(self._new_start(found))
+            elif found["step"]:
                 self.say(f"going on from step {found['step']}")
-            self._micro_batch = found["micro_batch"]
+        elif found.get("starts", 1) != self._starts:
+            self._told = found["step"]
+            self.say(self._new_start(found))
+        self._starts = found.get("starts", 1)
         if found["micro_batch"] != self._micro_batch:
             self._micro_batch = found["micro_batch"]
             self.say(f"a device ran out of memory: micro-batches of {self._micro_batch} from here on")
         if found["step"] != self._told and time.monotonic() >= self._next:
             self._told, self._next = found["step"], time.monotonic() + TELL_S
             self.say(figures(found))
+
+    def _new_start(self, found: dict[str, Any]) -> str:
+        """Why the workers began anew: they failed, or the group changed its size."""
+        failure = _read_failure(self.store, self.run_name)
+        if failure.get("count", 0) == self._failures:
+            return f"started again with {plural(found['workers'], 'worker')}: going on from step {found['step']}"
+        self._failures = failure["count"]
+        of = f" of {failure['limit']}" if failure["limit"] >= 0 else ""
+        return f"a worker failed ({failure['why']}): going on from step {found['step']}, restart {failure['count']}{of}"

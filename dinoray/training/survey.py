@@ -6,6 +6,7 @@ left out, and above a share the training is refused before it starts.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import time
 from collections.abc import Callable
@@ -27,7 +28,10 @@ SURVEY_SCHEMA = pa.schema([
     ("image_id", pa.string()), ("source", pa.int32()), ("height", pa.int32()), ("width", pa.int32()), ("objects", pa.int32()),
     ("median_diameter_px", pa.float32()), ("diameters_px", pa.list_(pa.float32())), ("pixel_size_um", pa.float32()),
     ("reason", pa.string()), ("message", pa.string()),
+    ("content", pa.string()),
 ])
+"""`objects` counts all cells of an image; its diameters are of those that the border does not cut, unless it cuts all.
+`content` is a digest of what is trained on: planes, labels, pixel size."""
 MAX_BAD_FRACTION = 0.1
 CHUNK = 256
 TOLD_EVERY_S = 10.0
@@ -93,8 +97,11 @@ def survey_images(images: list[LabelledImage], pool: ImagePool, *, threads: int,
         kept = sizes
         if len(sizes) > DIAMETERS_KEPT:
             kept = sizes[np.linspace(0, len(sizes) - 1, DIAMETERS_KEPT).round().astype(int)]
-        return row | {"pixel_size_um": pixels.pixel_size_um, "height": pixels.labels.shape[0],
-                      "width": pixels.labels.shape[1], "objects": len(sizes),
+        content = hashlib.blake2b(repr((pixels.planes.shape, pixels.labels.shape, pixels.pixel_size_um)).encode(), digest_size=16)
+        for array in (pixels.planes, pixels.labels):
+            content.update(np.ascontiguousarray(array))
+        return row | {"content": content.hexdigest(), "pixel_size_um": pixels.pixel_size_um, "height": pixels.labels.shape[0],
+                      "width": pixels.labels.shape[1], "objects": np.count_nonzero(np.unique(pixels.labels)),
                       "median_diameter_px": float(np.median(sizes)) if len(sizes) else None, "diameters_px": kept.tolist()}
 
     rows, told = [], time.monotonic()
@@ -123,6 +130,13 @@ def survey_images(images: list[LabelledImage], pool: ImagePool, *, threads: int,
         raise BadRequest(f"not one labelled image{f' for {name}' if name else ''} has a cell", where=name,
                          todo="labels are 0 on background and a number on each cell")
     return Survey(table)
+
+
+def same_content(one: Survey, other: Survey) -> bool:
+    """Whether the same is learned from both: the same images, with the same pixels and labels."""
+    a, b = ([table.column(name).to_pylist() for name in ("source", "image_id", "reason", "content")]
+            for table in (one.table, other.table))
+    return a == b and all(content or reason for reason, content in zip(a[2], a[3], strict=True))
 
 
 def store_survey(store: Store, name: str, survey: Survey) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -97,7 +98,8 @@ class SegmenterConfig(BaseModel):
     weights_digest: str = ""
     """Digest of all weights, decoder and backbone."""
     training: dict[str, Any] = Field(default_factory=dict)
-    """Facts of the training: fingerprint, steps, seed, data, settings."""
+    """Facts of the training: fingerprint, steps, seed, data, settings; `seconds`: wall time of the steps that are in the
+    result, without those that a restart computed again."""
     metrics: dict[str, Any] = Field(default_factory=dict)
     """Validation figures."""
 
@@ -152,8 +154,10 @@ def state_digest(tensors: dict[str, torch.Tensor], backbone_digest: str) -> str:
     return hasher.hexdigest()
 
 
-def save_checkpoint(store: Store, prefix: str, model: DistanceMapModel, config: SegmenterConfig, card: str = "") -> SegmenterConfig:
-    """Write the folder `prefix` of a store; returns the config with the digests of what was written.
+def save_checkpoint(store: Store, prefix: str, model: DistanceMapModel, config: SegmenterConfig,
+                    card: Callable[[SegmenterConfig], str] | None = None) -> SegmenterConfig:
+    """Write the folder `prefix` of a store; returns the config with the digests of what was written, from which `card`
+    makes the text of README.md.
 
     config.json is written last: a folder without it is no checkpoint. Raises BadRequest for a trained backbone that
     `config` leaves out: its digest would name other weights.
@@ -169,7 +173,7 @@ def save_checkpoint(store: Store, prefix: str, model: DistanceMapModel, config: 
     config = config.model_copy(update={"backbone": config.backbone.model_copy(update={"digest": digest}),
                                        "weights_digest": state_digest(decoder, digest)})
     store.put(f"{prefix}/model.safetensors", save_safetensors(tensors, metadata={"format": "pt"}))
-    store.put(f"{prefix}/README.md", (card or f"# {config.backbone.model} distance map\n").encode())
+    store.put(f"{prefix}/README.md", (card(config) if card else f"# {config.backbone.model} distance map\n").encode())
     store.put(f"{prefix}/config.json", (json.dumps(config.model_dump(mode="json"), indent=2) + "\n").encode())
     return config
 

@@ -33,7 +33,8 @@ def input_row(channels: str, names: tuple[str, ...], is_rgb8: bool) -> ChannelRo
     if channels == "auto":
         if not is_rgb8 and count > 1:
             raise ItemError("channel_count", f"{listed}: which one shows the cells?",
-                            todo=f"name a channel, e.g. --channel {names[0]}, or rgb, mean, NAME=a,b,c")
+                            todo=f"name a channel, e.g. {names[0]} (training: `channels: {names[0]}`, segmentation: "
+                                 f"`--channel {names[0]}`), or rgb, mean, NAME=a,b,c")
         channels = "rgb" if is_rgb8 else names[0]
     if channels in names:
         return ChannelRow(channels, (names.index(channels),), "repeat")

@@ -43,7 +43,7 @@ def resolve(
     """
     if weights is None:
         if model is None:
-            raise WeightsError("neither a model nor weights were named", todo="pass --model or --weights")
+            raise WeightsError("neither a model nor weights were named", todo="give model (--model) or weights (--weights)")
         return _official(model, accept_license)
     text = os.fspath(weights)
     path = Path(text).expanduser()
@@ -52,7 +52,7 @@ def resolve(
     if _HUB_ID.fullmatch(text) and path.suffix not in (".safetensors", *weight_files.TORCH_SUFFIXES):
         return _from_hub(text)
     raise WeightsError(
-        "no such file or folder, and not a hub id", where=f"--weights {redact(text)}", todo="check the path"
+        "no such file or folder, and not a hub id", where=f"weights (--weights) {redact(text)}", todo="check the path"
     )
 
 
@@ -60,8 +60,8 @@ def _official(model: str, accept_license: bool) -> WeightFiles:
     if model not in HUGGING_FACE_IDS:
         raise WeightsError(
             f"nobody publishes DINOv3 weights for {model}",
-            where="--model",
-            todo=f"pass --weights FILE, or choose one of {', '.join(HUGGING_FACE_IDS)}",
+            where="model (--model)",
+            todo=f"give weights (--weights FILE), or choose one of {', '.join(HUGGING_FACE_IDS)}",
         )
     gated, mirror = HUGGING_FACE_IDS[model], TIMM_IDS[model]
     cached = _cached(gated) or (accept_license and _cached(mirror))
@@ -81,11 +81,12 @@ def _official(model: str, accept_license: bool) -> WeightFiles:
 def _ways(hub_id: str) -> str:
     lines = [
         f"accept the licence at https://huggingface.co/{hub_id} and set HF_TOKEN to a token of that account",
-        "or pass --weights FILE with weights that you already have",
+        "or give weights (--weights FILE) that you already have",
     ]
     if hub_id in HUGGING_FACE_IDS.values():
         lines.append(
-            "or pass --accept-dinov3-license to accept the DINOv3 License and use timm's open mirror"
+            "or give accept_dinov3_license (--accept-dinov3-license) to accept the DINOv3 License and use timm's "
+            "open mirror"
         )
     return "; ".join(lines)
 
@@ -150,7 +151,7 @@ def _explain(hub_id: str, error: Exception) -> WeightsError:
         what, todo = "the download failed", "try again"
     detail = redact(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}")
     return WeightsError(
-        f"{what}: {detail}", where=where, todo=f"{todo}, or pass --weights FILE with weights on this machine"
+        f"{what}: {detail}", where=where, todo=f"{todo}, or give weights (--weights FILE) on this machine"
     )
 
 

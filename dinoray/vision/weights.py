@@ -93,7 +93,7 @@ def open_weights(
     config = variant(model) if isinstance(model, str) else model
     if isinstance(weights, str) and weights.partition(":")[0] == "random":
         if config is None:
-            raise BadRequest("random weights for no model", where="--weights", todo="pass --model")
+            raise BadRequest("random weights for no model", where="weights (--weights)", todo="give model (--model)")
         return OpenedWeights(
             config.with_normalisation(LVD_MEAN, LVD_STD), _random(config, weights), weights, "default"
         )
@@ -240,7 +240,7 @@ def _random(config: BackboneConfig, weights: str) -> Callable[[str], torch.Tenso
     _, colon, seed = weights.partition(":")
     if colon and not (seed.isascii() and seed.isdigit() and int(seed) < 2**63):
         raise BadRequest(
-            f"the seed is {seed!r}", where=f"--weights {weights}", todo="use random:SEED, a number"
+            f"the seed is {seed!r}", where=f"weights (--weights) {weights}", todo="use random:SEED, a number"
         )
     generator = torch.Generator("cpu").manual_seed(int(seed or 0))
     shapes = layouts.canonical_shapes(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,8 +12,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 from typer.testing import CliRunner
 
 from dinoray.cli import app
@@ -78,6 +81,8 @@ def test_the_life_of_a_training(discs: Path, tmp_path: Path) -> None:
     assert "complete: 40 steps (steps)" in done.splitlines()[-1] and f"--checkpoint {out}/checkpoint" in done.splitlines()[-1]
     model, config = load_segmenter(str(out / "checkpoint"))
     assert (config.crop_px, config.training["steps"], config.backbone.included) == (32, 40, True)
+    assert f"digest {config.weights_digest[:12]}  " in done.splitlines()[-1]
+    assert config.weights_digest in (out / "checkpoint/README.md").read_text()
     best = load_state(open_store_of(out), "best")
     assert best is not None and bool((model.decoder.head.weight == best["model"]["decoder.head.weight"]).all())
     lines = list(status_lines(str(out)))
@@ -125,9 +130,23 @@ def test_images_that_change_are_refused(discs: Path, tmp_path: Path, monkeypatch
     with pytest.raises(BadRequest):
         train(values)
     moved.rename(discs)
-    (discs / "00_img.png").write_bytes((discs / "01_img.png").read_bytes())
-    with pytest.raises(ChangedRequest, match=r"inputs.train|inputs.validation"):
+    original = (discs / "00_img.png").read_bytes()
+    (discs / "00_img.png").write_bytes(original + b" ")
+    with pytest.raises(ChangedRequest, match=r"inputs.(train|validation): 1 changed \(00_img: [\d,]+ -> [\d,]+ bytes\)"):
         train(values)
+    (discs / "00_img.png").write_bytes(original)
+    name = (discs / "00_img.png").rename(discs / "aside")
+    other = np.array(Image.open(name))[::-1]
+    Image.fromarray(other).save(discs / "00_img.png")
+    (discs / "00_img.png").write_bytes((discs / "00_img.png").read_bytes().ljust(len(original))[:len(original)])
+    with pytest.raises(ChangedRequest, match=r"1 changed \(00_img: as large, but written anew"):
+        train(values)
+    name.rename(discs / "00_img.png")
+    for kind in ("img", "masks"):
+        (discs / f"00_{kind}.png").rename(discs / f"new_{kind}.png")
+    with pytest.raises(ChangedRequest) as caught:
+        train(values)
+    assert "1 removed (00_img)" in str(caught.value) and "1 added (new_img)" in str(caught.value)
     # ... and while it runs: the workers list them again
     fresh = disc_job(discs, tmp_path / "fresh")
     plain = train_distance_map.__globals__["store_survey"]
@@ -140,6 +159,18 @@ def test_images_that_change_are_refused(discs: Path, tmp_path: Path, monkeypatch
     monkeypatch.setitem(train_distance_map.__globals__, "store_survey", store_and_change)
     with pytest.raises((SystemicError, BadRequest)):
         train(fresh)
+
+
+def test_copied_images_are_the_same_images(discs: Path, tmp_path: Path) -> None:
+    values = disc_job(discs, tmp_path / "out")
+    with pytest.raises(Stopped):
+        train(values | {"stop_after_s": 1e-6})
+    fingerprint = json.loads((tmp_path / "out/_dinoray/job.json").read_text())["fingerprint"]
+    copied = shutil.copytree(discs, tmp_path / "copied", copy_function=shutil.copyfile)
+    shutil.rmtree(discs)
+    outcome, said = train(disc_job(copied, tmp_path / "out"))
+    assert outcome.fingerprint == fingerprint and any("looking whether" in line for line in said)
+    assert outcome.progress["ended"] == "steps"
 
 
 @pytest.mark.parametrize(("change", "told"), [

@@ -151,6 +151,8 @@ def test_the_survey_lists_bad_images_and_refuses_too_many(tmp_path: Path) -> Non
     found, said = survey(relisted, asked)
     assert found.good() == [i for i in range(24) if i != 3]
     assert found.table["objects"].to_pylist()[5] == 0, "an image without cells is a good one"
+    counts = [len(np.unique(relisted[i].read_labels())) - 1 for i in found.good()]
+    assert [found.table["objects"][i].as_py() for i in found.good()] == counts, "also those at the border"
     assert any(line.startswith("left out: ") and "03" in line for line in said)
     assert found.median_diameter(np.ones(24)) == pytest.approx(found.median_diameter(np.full(24, 2.0)) / 2)
     zooms = found.zooms(pixel_size_um=None, diameter_px=30.0)

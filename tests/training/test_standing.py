@@ -12,8 +12,10 @@ from dinoray.driver import Driver
 from dinoray.errors import SystemicError, TransientError
 from dinoray.io.stores import LocalStore, Store
 from dinoray.training import standing
+from dinoray.training.journal import Journal
+from dinoray.training.loop import Progress
 from dinoray.training.spec import TrainingSpec, refuse_other_output, still_ours
-from dinoray.training.standing import PROGRESS_KEY, Watch, standing_lines
+from dinoray.training.standing import PROGRESS_KEY, Watch, note_failure, read_progress, standing_lines
 from tests.runs import DictStore
 
 
@@ -56,6 +58,34 @@ def test_a_watcher_tells_new_steps_of_its_own_run_and_the_last(monkeypatch: pyte
         time.sleep(0.03)
         assert len(said) == 5, "not more often than TELL_S"
     assert said[-1] == "step 100/100  loss 0.2  validation loss 0.1"
+
+
+def test_a_watcher_tells_that_workers_began_anew_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, said = DictStore(), []
+    watch = Watch(store, "me", said.append)
+    note(store, 40, workers=2, starts=1)
+    watch._look()
+    note_failure(store, "an earlier run", "long ago", 3)
+    note_failure(store, "me", "ActorDiedError: gone", 3)
+    note(store, 30, workers=2, starts=2)
+    watch._look()
+    note(store, 30, workers=4, starts=3)
+    watch._look()
+    note_failure(store, "me", "503", -1)
+    note(store, 33, workers=4, starts=4)
+    watch._look()
+    assert said == ["going on from step 40", "a worker failed (ActorDiedError: gone): going on from step 30, restart 1 of 3",
+                    "started again with 4 workers: going on from step 30",
+                    "a worker failed (503): going on from step 33, restart 2"]
+
+
+def test_the_starts_of_a_run_are_counted(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path))
+    for run, expected in (("a", 1), ("a", 2), ("a", 3), ("b", 1)):
+        Journal(store, Progress(), 10, 2, run).close()
+        assert read_progress(store)["starts"] == expected
+    Journal(store, Progress(), 10, 2, "b").close()
+    assert "the workers of this run were started 2 times" in standing_lines(store, {"fingerprint": "f0", "kind": "train x"})
 
 
 def test_status_of_a_training(tmp_path: Path) -> None:

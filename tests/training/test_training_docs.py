@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import BaseModel
 
 from dinoray.config import TrainDistanceMapJob, build_job, read_job_file
@@ -60,11 +61,15 @@ def test_what_it_says_of_the_output_is_so() -> None:
     assert model_card.__doc__
 
 
+def test_the_sources_in_the_docs_of_labelled_data_are_a_jobs() -> None:
+    block = re.search(r"```yaml\n(.*?)```", (ROOT / "docs/training-data.md").read_text(), re.DOTALL)
+    assert block is not None
+    assert len(build_job(TrainDistanceMapJob, {"out": "o", "model": "vits16", **yaml.safe_load(block[1])}).train) == 2
+
+
 def test_its_job_and_the_example_are_jobs() -> None:
     block = re.search(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
     assert block is not None
-    import yaml
-
     assert build_job(TrainDistanceMapJob, yaml.safe_load(block[1])).steps == 10_000
     values = read_job_file(ROOT / "jobs/configs/train_distance_map.yaml", ["out=x"], TrainDistanceMapJob)
     example = build_job(TrainDistanceMapJob, values)

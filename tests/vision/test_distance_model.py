@@ -10,6 +10,7 @@ from safetensors.torch import load, save
 
 from dinoray.errors import BadRequest, WeightsError
 from dinoray.io.stores import LocalStore
+from dinoray.training.card import model_card
 from dinoray.vision import distance_model
 from dinoray.vision.canonical import weights_digest
 from dinoray.vision.decoders.unet2d import tap_layers
@@ -187,13 +188,19 @@ def test_a_tuned_backbone_cannot_be_left_out(tmp_path, tuned: DistanceMapModel) 
         saved(tmp_path, tuned, included=False)
 
 
-def test_the_card_and_the_digest_of_all_weights(tmp_path, frozen: DistanceMapModel) -> None:
+def test_the_card_and_the_digest_of_all_weights(tmp_path, frozen: DistanceMapModel, tuned: DistanceMapModel) -> None:
     store = LocalStore(str(tmp_path))
-    one = save_checkpoint(store, "a", frozen, config(frozen, included=False), card="# a card\n")
-    assert store.get("a/README.md") == b"# a card\n"
+    one = save_checkpoint(store, "a", frozen, config(frozen, included=False), card=model_card)
     other = save_checkpoint(store, "b", frozen, config(frozen, included=True))
     assert one.weights_digest == other.weights_digest, "where the backbone lies does not change the weights"
     assert b"vitt16" in store.get("b/README.md")
+    before = config(tuned, included=True)
+    written = save_checkpoint(store, "c", tuned, before.model_copy(update={"backbone": before.backbone.model_copy(
+        update={"digest": "of the start"})}), card=model_card)
+    for folder, settled in (("a", one), ("c", written)):
+        last = store.get(f"{folder}/README.md").decode().splitlines()[-1]
+        assert last == f"Digest of all weights: `{settled.weights_digest}`; of the backbone: `{settled.backbone.digest}`."
+        assert settled.weights_digest
 
 
 def test_bfloat16_is_close(tmp_path, frozen: DistanceMapModel) -> None:

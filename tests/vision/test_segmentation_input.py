@@ -71,7 +71,7 @@ def test_groups_and_the_mean_scale_each_channel_by_itself() -> None:
 
 
 @pytest.mark.parametrize(("channels", "needles"), [
-    ("auto", ["5 channels", "DNA, ER", "which one", "--channel DNA"]),
+    ("auto", ["5 channels", "DNA, ER", "which one", "--channel DNA", "channels: DNA"]),
     ("rgb", ["5 channels", "rgb needs 3"]),
     ("GFP", ["no channel GFP", "DNA, ER"]),
     ("5", ["no channel 5"]),

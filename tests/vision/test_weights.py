@@ -214,7 +214,7 @@ def test_what_cannot_be_told_is_asked_for(tmp_path):
         load_backbone(TINY, write({"stages.0.weight": torch.zeros(2)}, tmp_path / "convnext.pth"))
     with pytest.raises(WeightsError, match="neither"):
         load_backbone()
-    with pytest.raises(BadRequest, match="pass --model"):
+    with pytest.raises(BadRequest, match="give model"):
         load_backbone(weights="random")
     with pytest.raises(BadRequest, match="torch.bfloat16"):
         load_backbone(TINY, "random", dtype=torch.float16)
@@ -485,7 +485,7 @@ def test_without_cache_token_or_licence_the_refusal_says_what_to_do(hub):
         load_backbone("vits16")
     message = str(caught.value)
     page = "https://huggingface.co/facebook/dinov3-vits16-pretrain-lvd1689m"
-    for part in (page, "HF_TOKEN", "--weights FILE", "--accept-dinov3-license"):
+    for part in (page, "HF_TOKEN", "--weights FILE", "--accept-dinov3-license", "accept_dinov3_license", "give weights"):
         assert part in message
     assert all(offline for _, offline in hub.asked), "the hub was asked without a token or a licence"
 
@@ -574,7 +574,7 @@ def test_the_real_client_offline_is_a_clear_refusal(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_TOKEN", SECRET)
-    with pytest.raises(WeightsError, match="pass --weights FILE") as caught:
+    with pytest.raises(WeightsError, match=r"give weights \(--weights FILE") as caught:
         load_backbone("vits16", "facebook/dinov3-vits16-pretrain-lvd1689m")
     assert SECRET not in str(caught.value)
 
