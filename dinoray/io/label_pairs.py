@@ -26,7 +26,7 @@ from dinoray.io.annotations.listing import ids_of_file
 from dinoray.io.decoded import Limits
 from dinoray.io.items import Item
 from dinoray.io.objects import image_stem, label_keys
-from dinoray.io.sources import list_items
+from dinoray.io.sources import list_labels
 from dinoray.io.storage_errors import listing_errors
 from dinoray.io.stores import filesystem, is_local, local_path, on_inputs
 
@@ -149,7 +149,7 @@ def _label_files(source: str, *, encoded: bool = False) -> tuple[dict[str, Item]
     Where some files have a label suffix, those are the label images and the others are the images. `encoded`: names are item
     ids made safe for paths (%2F).
     """
-    items = list(list_items([source], pattern="none").items)
+    items = list(list_labels(source).items)
     named = [(_names(unquote(item.item_id) if encoded else item.item_id), item) for item in items]
     suffixed = any(bare is not None for (bare, _), _ in named)
     labels: dict[str, Item] = {}
