@@ -112,7 +112,8 @@ def _open(uri: str, group: bytes, *, labels: bool = False) -> _Opened:
     for text in (group, data, *(f"{o.name}\0{o.size}\0{o.version}\n".encode("utf-8", "surrogateescape") for o in objects)):
         digest.update(len(text).to_bytes(8, "little") + text)
     size = len(group) + len(data) + sum(max(0, o.size) for o in objects)
-    return _Opened(image, array, {o.name: o for o in objects}, FileRef(uri, size, (_LABELS if labels else _MARK) + digest.hexdigest()))
+    ref = FileRef(uri, size, (_LABELS if labels else _MARK) + digest.hexdigest())
+    return _Opened(image, array, {o.name: o for o in objects}, ref)
 
 
 def fetch(file: FileRef, limits: Limits, z_projection: str) -> StoredField:

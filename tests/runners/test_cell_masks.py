@@ -316,6 +316,23 @@ def test_a_retry_and_an_extension(fields: Path, checkpoint: Path, tmp_path: Path
     assert found[next(name for name in found if name.endswith("f.tif"))].max() == 2
 
 
+@pytest.mark.parametrize("masks", ["tiff", "zarr"])
+def test_a_unit_done_again_leaves_what_a_retry_has_committed(fields: Path, checkpoint: Path, tmp_path: Path, masks: str) -> None:
+    """`verify --deep` says to delete a receipt and to run again: then the image that a retry has done is a changed one."""
+    from dinoray.repair import retry
+
+    good, out = (fields / "c.tif").read_bytes(), tmp_path / "out"
+    (fields / "c.tif").write_bytes(good[:300])
+    assert run_segment(fields, checkpoint, out, unit_items=8, masks=masks).exit_code == 3
+    (fields / "c.tif").write_bytes(good)
+    assert retry(str(out), say=lambda line: None).exit_code == 0
+    whole = data_objects(out)
+    next((out / "_dinoray/receipts").iterdir()).unlink()
+    run_segment(fields, checkpoint, out, unit_items=8, masks=masks)
+    assert data_objects(out) == whole
+    verify_deep(open_store(str(out)))
+
+
 def test_damage_is_found(fields: Path, checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run_segment(fields, checkpoint, out, unit_items=2)
