@@ -200,6 +200,23 @@ def test_images_of_other_channels_share_one_table(fields: Path, stained: Path, c
     assert set(table.column_names) == set(rows[0]) and table.column_names[-1] == "feature"
 
 
+def test_the_commands_of_the_docs_read_parts_of_other_channels(fields: Path, stained: Path, checkpoint: Path, tmp_path: Path,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/segmentation.md, as it stands there; `fields` and `stained` are one folder."""
+    out = tmp_path / "OUT"
+    run_segment(fields, checkpoint, out, channel="0", unit_items=1)
+    names = set(open_features(str(out)).table().column_names)
+    text = (Path(__file__).parents[2] / "docs/segmentation.md").read_text()
+    code, = [block for block in text.split("```python\n")[1:] if "by_duckdb" in block]
+    monkeypatch.chdir(tmp_path)
+    found: dict = {}
+    exec(code.partition("```")[0], found)
+    for table in (found["by_pandas"], found["by_polars"], found["by_duckdb"].df()):
+        assert set(table.columns) == names and len(table) == sum(COUNTS.values()) + 4
+        assert table["intensity_mean_ER"].count() == 4 and table["intensity_mean_gray"].count() == sum(COUNTS.values())
+    assert len({tuple(pq.read_schema(path)) for path in (out / "images").rglob("*.parquet")}) == 1
+
+
 def test_rgb_and_8_bit(checkpoint: Path, tmp_path: Path) -> None:
     gray = (blobs((64, 80), 5, 3) * 240).astype(np.uint8)
     (tmp_path / "in").mkdir()
