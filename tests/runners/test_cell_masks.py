@@ -530,10 +530,24 @@ def test_the_scale_is_estimated_where_nobody_tells_it(tmp_path: Path) -> None:
     for row in rows:
         assert row["scale"] == 1.0 if row["scale_source"] == "unknown" else 1.5 < row["scale"] < 2.8
     assert any(line.startswith("scale estimated for 3 images: median factor 2") for line in lines)
-    assert any(line.startswith("scale unknown for 1 image with too few cells") for line in lines)
+    assert any(line.startswith("scale unknown for 1 image (too few cells") for line in lines)
     for i, threads in enumerate(((1, 1), (4, 3))):
         run_segment(tmp_path / "in", checkpoint, tmp_path / f"again{i}", decode_threads=threads[0], compute_threads=threads[1])
         assert data_objects(tmp_path / f"again{i}") == data_objects(tmp_path / "out")
+
+
+@pytest.mark.parametrize("model_um", [None, 0.5])
+def test_a_pixel_size_that_sets_no_scale_is_said_and_not_advised(tmp_path: Path, model_um: float | None) -> None:
+    checkpoint = seeing_checkpoint(tmp_path / "ck", median_diameter_px=20.0, pixel_size_um=model_um)
+    write(tmp_path / "in/a.tif", as_16_bit(blobs((128, 160), 20, 0)))
+    write(tmp_path / "in/b.tif", as_16_bit(blobs((128, 160), 2, 1)))
+    lines: list[str] = []
+    run_segment(tmp_path / "in", checkpoint, tmp_path / "out", say=lines.append, pixel_size_um=None if model_um else 0.5)
+    assert ("scale estimated per image: --pixel-size-um does not set it, because the model has no pixel size" in lines[0]) \
+        == (model_um is None)
+    advice = [line for line in lines if line.startswith("scale ")]
+    assert len(advice) == 2 and all(("--pixel-size-um" in line) == (model_um is not None) for line in advice)
+    assert all("--diameter-px" in line for line in advice)
 
 
 def test_a_scale_that_cannot_be_is_a_reason(tmp_path: Path) -> None:
