@@ -83,9 +83,11 @@ def list_truth(source: LabelledSource | str) -> list[TrueLabels]:
 
 def list_predictions(source: str) -> dict[str, Truth]:
     """name -> label image, of a folder, glob or URL of label images, or of an output of `dinoray segment cells` (its
-    folder `masks`). Raises BadRequest when there is none, or two of one name."""
+    folder `masks`, which may be named itself, or a glob in it). Raises BadRequest when there is none, or two of one name."""
     inside = masks_of_output(source)
-    labels = _label_files(inside, encoded=True)[0] if inside else _label_files(source)[0]
+    output, found, _ = source.rpartition(f"/{MASKS}")
+    encoded = inside is not None or bool(found) and _is_folder(f"{output}/_dinoray")
+    labels = _label_files(inside or source, encoded=encoded)[0]
     return {name: LabelFile(item.files[0]) for name, item in labels.items()}
 
 

@@ -91,7 +91,11 @@ def test_an_output_of_segment_cells(tmp_path: Path) -> None:
     """Masks lie in `masks`, named by item id made safe for paths."""
     files(tmp_path / "out", "masks/a%20b/c%2Fd.tif", "masks/e.tif", "report.png")
     assert sorted(list_predictions(str(tmp_path / "out"))) == ["a b/c/d", "e"]
+    (tmp_path / "out/_dinoray").mkdir()
+    for inside in ("masks", "masks/", "masks/**/*.tif"):
+        assert sorted(list_predictions(str(tmp_path / "out" / inside))) == ["a b/c/d", "e"], inside
     assert sorted(list_predictions(files(tmp_path / "plain", "a%20b.tif"))) == ["a%20b"]
+    assert sorted(list_predictions(files(tmp_path / "plain/masks", "a%20b.tif"))) == ["a%20b"]
 
 
 def test_ome_zarr_and_urls(tmp_path: Path) -> None:
