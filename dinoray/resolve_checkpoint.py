@@ -75,7 +75,9 @@ def _scale_rule(job: SegmentCellsJob, config: SegmenterConfig) -> str:
     if config.pixel_size_um is not None:
         given = f"{job.pixel_size_um:g} µm where a file says none" if job.pixel_size_um else "estimated where a file says none"
         return f"scale by pixel size (to {config.pixel_size_um:g} µm; {given})"
-    return "scale estimated per image" if config.median_diameter_px is not None else "images as they are (scale unknown)"
+    rule = "scale estimated per image" if config.median_diameter_px is not None else "images as they are (scale unknown)"
+    return rule if job.pixel_size_um is None else \
+        f"{rule}: --pixel-size-um does not set it, because the model has no pixel size (it gives areas in µm² alone)"
 
 
 def _stage(loaded: tuple[DistanceMapModel, Any], store: Store, prefix: str) -> None:

@@ -8,7 +8,7 @@ from dinoray.generations import Generation, generations, total_tally, unfinished
 from dinoray.io.stores import open_store
 from dinoray.training.standing import standing_lines
 from dinoray.verification import open_run, training_record
-from dinoray.wording import plural
+from dinoray.wording import device_words, plural
 
 STAGES = ("read", "decode", "prepare", "compute", "cells", "write")
 """Stages of work as they stand in receipts, in order; seconds summed over threads."""
@@ -50,7 +50,8 @@ def status_lines(out: str) -> Iterator[str]:
         yield "stage seconds, summed over threads: " + ", ".join(
             f"{s} {tally.seconds.get(s, 0):.1f}" for s in STAGES if s != "cells" or s in tally.seconds)
         yield f"read {tally.bytes_read:,} bytes, wrote {tally.bytes_written:,} bytes, largest process {tally.rss_peak:,} bytes"
-        yield "computed on " + ", ".join(f"{kind} ({plural(n, 'unit')})" for kind, n in sorted(tally.device_kinds.items()))
+        kinds = sorted(tally.device_kinds.items())
+        yield "computed on " + ", ".join(f"{device_words(kind)}: {plural(count, 'unit')}" for kind, count in kinds)
     if tally.degraded_units:
         yield f"{plural(tally.degraded_units, 'unit')} with degraded numerics (see docs/reliability.md)"
     yield from unfinished_notes(store)

@@ -34,8 +34,8 @@ DATA_FOLDERS = ("features", "dense", "masks", "cells", "images")
 TABLES = ("features/", "cells/")
 """Folders of tables whose rows are those of the receipts."""
 _SHOWN = 5
-_LINES = 20
-"""Problems that are listed; more are counted."""
+_LINES, _DEEP_LINES = 20, 1000
+"""Problems that are listed, fast and deep; more are counted."""
 _FOREIGN = "no receipt names"
 
 
@@ -72,7 +72,8 @@ def verify_fast(store: Store, *, write_success: bool) -> dict[str, Any]:
     Raises OutputDamaged listing what is missing, foreign, or of another size; an incomplete output counts.
     """
     try:
-        totals, _ = _check_fast(store)
+        totals, _, problems = _check_fast(store)
+        _raise_if(problems, store, _LINES)
     except OutputDamaged:
         if write_success:
             store.delete("_SUCCESS")
@@ -89,8 +90,9 @@ def verify_deep(store: Store) -> dict[str, Any]:
     Raises OutputDamaged listing every difference.
     """
     try:
-        totals, parts = _check_fast(store)
-        _check_deep(store, parts)
+        totals, parts, problems = _check_fast(store)
+        problems += _check_deep(store, parts, {_named(problem) for problem in problems})
+        _raise_if(problems, store, _DEEP_LINES)
     except OutputDamaged:
         with contextlib.suppress(SystemicError):  # a read-only copy can be checked too
             store.delete("_SUCCESS")
@@ -98,7 +100,8 @@ def verify_deep(store: Store) -> dict[str, Any]:
     return totals
 
 
-def _check_fast(store: Store) -> tuple[dict[str, Any], list[Generation]]:
+def _check_fast(store: Store) -> tuple[dict[str, Any], list[Generation], list[str]]:
+    """(totals, generations, what is wrong). Raises OutputDamaged when units are not done."""
     parts = generations(store)
     missing = [unit for part in parts for unit in _missing(part)]
     if missing:
@@ -156,11 +159,10 @@ def _check_fast(store: Store) -> tuple[dict[str, Any], list[Generation]]:
     if not problems:
         with ThreadPoolExecutor(8) as pool:
             problems += [p for p in pool.map(lambda t: _footer(store, *t), tables) if p]
-    _raise_if(problems, store)
-    if len(parts) > 1:
+    if len(parts) > 1 and not problems:
         totals["quarantined"] = quarantined_now(parts).num_rows
     totals["fingerprint"], totals["kind"] = parts[0].plan.facts["fingerprint"], parts[0].plan.facts.get("kind", "images")
-    return totals, parts
+    return totals, parts, problems
 
 
 def _missing(part: Generation) -> list[str]:
@@ -173,9 +175,10 @@ def _is_debris(key: str) -> bool:
     return name in (".DS_Store", "Thumbs.db", "desktop.ini") or name.startswith("._")
 
 
-def _check_deep(store: Store, parts: list[Generation]) -> None:
+def _check_deep(store: Store, parts: list[Generation], known: set[str]) -> list[str]:
+    """What is wrong besides; `known`: objects that `_check_fast` has named, which are not read."""
     problems: list[str] = []
-    if "arrays" in parts[0].plan.facts:
+    if "arrays" in parts[0].plan.facts and not known:
         check_arrays(store, parts[0].plan.facts["arrays"])
     before: Counter[str] = Counter()  # quarantined so far, by id
     newer = _replaced_later(parts)
@@ -184,17 +187,17 @@ def _check_deep(store: Store, parts: list[Generation]) -> None:
             pairs = zip(part.plan.units(), part.ledger.receipts(part.plan.unit_ids), strict=True)
             while some := list(islice(pairs, 64)):  # `map` takes all it is given at once, and a plan may be large
                 grid = part.plan.facts.get("grid")
-                results = pool.map(lambda pair, grid=grid, replaced=replaced: _deep_unit(store, *pair, grid, replaced), some)
+                results = pool.map(lambda pair, grid=grid, replaced=replaced: _deep_unit(store, *pair, grid, replaced, known), some)
                 for (unit, _), (found, quarantined) in zip(some, results, strict=True):
                     problems += found
-                    if part.kind == "retry":
+                    if part.kind == "retry" and not known:  # else what was quarantined may be what is missing
                         planned = Counter(item.item_id for item in unit.items)
                         if planned - before:
                             problems.append(f"unit {unit.id}: it retries items that were not quarantined: "
                                             f"{_some(sorted(planned - before))}")
                         before -= planned
                     before.update(quarantined)
-    _raise_if(problems, store)
+    return problems
 
 
 def _footer(store: Store, key: str, expected: int) -> str | None:
@@ -217,16 +220,16 @@ def _replaced_later(parts: list[Generation]) -> list[set[str]]:
     return found[::-1]
 
 
-def _deep_unit(store: Store, unit: Unit, receipt: Receipt, grid: dict[str, Any] | None, replaced: set[str]
-               ) -> tuple[list[str], list[str]]:
+def _deep_unit(store: Store, unit: Unit, receipt: Receipt, grid: dict[str, Any] | None, replaced: set[str],
+               known: set[str]) -> tuple[list[str], list[str]]:
     """What is wrong with a unit, and the ids that it quarantined. `grid`: of a volume's plan; `replaced`: objects that
-    are another generation's by now."""
+    are another generation's by now; `known`: objects that are missing or of another size."""
     problems: list[str] = []
     with_rows: set[str] = set()
     quarantined: list[str] = []
     images: pa.Table | None = None
     for stored in receipt.objects:
-        if stored.key in replaced:
+        if stored.key in replaced or stored.key in known:
             continue
         data = store.get(stored.key)
         if hashlib.sha256(data).hexdigest() != stored.sha256:
@@ -237,7 +240,7 @@ def _deep_unit(store: Store, unit: Unit, receipt: Receipt, grid: dict[str, Any] 
             images = pq.read_table(io.BytesIO(data), columns=["item_id", "mask"])
         elif "/quarantine/" in stored.key:
             quarantined = pq.read_table(io.BytesIO(data), columns=["item_id"])["item_id"].to_pylist()
-    if problems:
+    if problems or any(stored.key in known for stored in receipt.objects):
         return problems, quarantined
     if grid is not None:
         return _volume_unit(unit, receipt, VolumeGrid.read(grid), set(quarantined)), quarantined
@@ -282,11 +285,16 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
-def _raise_if(problems: list[str], store: Store) -> None:
+def _named(problem: str) -> str:
+    """The object or unit that a problem begins with."""
+    return problem.removeprefix("missing: ").partition(": ")[0]
+
+
+def _raise_if(problems: list[str], store: Store, most: int) -> None:
     """Raises OutputDamaged with each problem, the receipt whose deletion mends it, and what to do about all of them."""
     if not problems:
         return
-    shown, rest = problems[:_LINES], len(problems) - _LINES
+    shown, rest = problems[:most], len(problems) - most
     receipts, metadata = _owners(shown, store)
     todo = []
     if any(problem.startswith(_FOREIGN) for problem in problems):
@@ -313,7 +321,7 @@ def _owners(problems: list[str], store: Store) -> tuple[dict[str, str], list[str
     metadata: list[str] = []
     asked: dict[str, list[str]] = {}
     for problem in problems:
-        asked.setdefault(problem.removeprefix("missing: ").partition(": ")[0], []).append(problem)
+        asked.setdefault(_named(problem), []).append(problem)
     for part in generations(store):
         metadata += [problem for record in part.plan.facts.get("arrays", []) for problem in asked.get(record["key"], ())]
         for receipt in part.ledger.receipts(part.plan.unit_ids):

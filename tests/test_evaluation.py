@@ -133,7 +133,7 @@ def test_missing_predictions_are_said(folders, tmp_path: Path, monkeypatch, caps
     code, text, _ = call(monkeypatch, capsys, *argv, "--allow-missing", "--out", tmp_path / "o")
     assert code == 0
     assert "1 image without a prediction, scored as empty: a" in text
-    assert "1 predictions without true labels are not scored: extra" in text
+    assert "1 prediction without true labels not scored: extra" in text
     assert json.loads((tmp_path / "o/evaluation.json").read_text())["images"][0]["pred"] == 0
     code, text, _ = call(monkeypatch, capsys, *argv, "--ids", "b,worst")
     assert code == 0 and "all images: 2 images, 7 true objects, 7 predicted" in text

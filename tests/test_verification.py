@@ -116,6 +116,20 @@ def test_one_flipped_bit_is_found_by_deep(out: Path, pattern: str) -> None:
     assert str(path.relative_to(out)) in what
 
 
+def test_deep_names_what_is_missing_and_what_has_changed_at_once(out: Path) -> None:
+    parts = sorted((out / "features").glob("*.parquet"))
+    data = bytearray(parts[1].read_bytes())
+    data[len(data) // 3] ^= 1
+    parts[1].write_bytes(data)
+    parts[0].unlink()
+    for i in range(30):
+        (out / f"features/foreign-{i:02d}.parquet").write_bytes(b"x")
+    what = damage(deep, out)
+    assert "32 places" in what and what.count("no receipt names") == 30
+    assert f"missing: features/{parts[0].name} (receipt: " in what
+    assert f"features/{parts[1].name}: the content has changed (sha256 differs from the receipt) (receipt: " in what
+
+
 def test_a_footer_that_cannot_be_read_is_named_by_fast(out: Path) -> None:
     path = first(out, "features/*.parquet")
     data = path.read_bytes()

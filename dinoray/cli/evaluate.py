@@ -38,6 +38,7 @@ def cells(
     from dinoray.config.labelled import LabelledSource
     from dinoray.evaluation import evaluate_cells, output_notes, read_groups, table_lines, write_evaluation
     from dinoray.io.label_pairs import choose, list_predictions, list_truth, pair_up
+    from dinoray.wording import plural
 
     if kind not in KINDS:
         raise BadRequest(f"unknown layout {kind!r}", where="--kind", todo=f"one of {', '.join(KINDS)}")
@@ -58,7 +59,7 @@ def cells(
                             groups=read_groups(groups, by) if groups else None)
     result.notes[:0] = [*notes, *output_notes(pred)]
     if unused:
-        result.notes.append(f"{len(unused):,} predictions without true labels are not scored: {', '.join(unused[:5])}"
+        result.notes.append(f"{plural(len(unused), 'prediction')} without true labels not scored: {', '.join(unused[:5])}"
                             + (f" and {len(unused) - 5:,} more" if len(unused) > 5 else ""))
     for note in result.notes:
         say(note)

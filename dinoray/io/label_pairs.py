@@ -26,7 +26,7 @@ from dinoray.io.annotations.listing import ids_of_file
 from dinoray.io.decoded import Limits
 from dinoray.io.items import Item
 from dinoray.io.objects import image_stem, label_keys
-from dinoray.io.sources import list_items
+from dinoray.io.sources import list_labels
 from dinoray.io.storage_errors import listing_errors
 from dinoray.io.stores import filesystem, is_local, local_path, on_inputs
 from dinoray.wording import plural
@@ -89,9 +89,11 @@ def list_truth(source: LabelledSource | str, note: Callable[[str], None] = lambd
 
 def list_predictions(source: str) -> dict[str, Truth]:
     """name -> label image, of a folder, glob or URL of label images, or of an output of `dinoray segment cells` (its
-    folder `masks`). Raises BadRequest when there is none, or two of one name."""
+    folder `masks`, which may be named itself, or a glob in it). Raises BadRequest when there is none, or two of one name."""
     inside = masks_of_output(source)
-    labels = _label_files(inside, encoded=True)[0] if inside else _label_files(source)[0]
+    output, found, _ = source.rpartition(f"/{MASKS}")
+    encoded = inside is not None or bool(found) and _is_folder(f"{output}/_dinoray")
+    labels = _label_files(inside or source, encoded=encoded)[0]
     return {name: LabelFile(item.files[0]) for name, item in labels.items()}
 
 
@@ -155,7 +157,7 @@ def _label_files(source: str, *, encoded: bool = False) -> tuple[dict[str, Item]
     Where some files have a label suffix, those are the label images and the others are the images. `encoded`: names are item
     ids made safe for paths (%2F).
     """
-    items = list(list_items([source], pattern="none").items)
+    items = list(list_labels(source).items)
     named = [(_names(unquote(item.item_id) if encoded else item.item_id), item) for item in items]
     suffixed = any(bare is not None for (bare, _), _ in named)
     labels: dict[str, Item] = {}

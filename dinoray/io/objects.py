@@ -23,7 +23,7 @@ from dinoray.io import plates
 from dinoray.io.centroids import CentroidTable, position_key
 from dinoray.io.grouping import relative_to
 from dinoray.io.items import FileRef, Item
-from dinoray.io.sources import ItemListing, list_items
+from dinoray.io.sources import ItemListing, list_labels
 from dinoray.io.walk import IMAGE_SUFFIXES, count
 
 LABEL_SUFFIX = re.compile(r"[ _.-](?:cp_?masks?|mask_?(?:nuclei|cells?|cytoplasm)|masks?|labels?|seg|segmentation)", re.IGNORECASE)
@@ -75,7 +75,7 @@ def with_labels(listing: ItemListing, source: str, *, pattern: str | None = "aut
     among the images are no images (counted in `ignored`); `limit` counts what is left. Raises BadRequest when no item
     has labels.
     """
-    found = list_items([source], pattern="none")
+    found = list_labels(source)
     if pattern in ("none", None):
         patterns: tuple[plates.Pattern, ...] = ()
     else:

@@ -59,14 +59,14 @@ def ome_attributes(document: dict[str, Any], where: str) -> dict[str, Any]:
     return as_dict(attributes.get("ome", attributes), "ome", where)
 
 
-def parse_image(attributes: dict[str, Any], where: str) -> ImageGroup | None:
-    """The first multiscale image of a group; None when the group is no image.
+def parse_image(attributes: dict[str, Any], where: str, *, labels: bool = False) -> ImageGroup | None:
+    """The first multiscale image of a group; None when the group is no image. `labels`: one that is a label image is wanted.
 
-    Raises ItemError `unsupported` for a label image and for axes other than t, c, z, y, x with y and x last.
+    Raises ItemError `unsupported` for a label image where none is wanted, and for axes other than t, c, z, y, x with y and x last.
     """
     if "multiscales" not in attributes:
         return None
-    if "image-label" in attributes:
+    if "image-label" in attributes and not labels:
         raise ItemError("unsupported", "a label image, not an image", where=where,
                         todo="name the image that the labels belong to")
     scales = as_list(attributes["multiscales"], "multiscales", where)

@@ -7,12 +7,13 @@ import posixpath
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from dinoray.errors import ItemError
 from dinoray.io import ome_zarr
 from dinoray.io.grouping import make_item, natural, relative_to
 from dinoray.io.items import FileRef, Item
-from dinoray.io.ome_zarr_pixels import UNREAD, field_ref, group_attributes
+from dinoray.io.ome_zarr_pixels import UNREAD, field_ref, group_attributes, label_ref
 from dinoray.io.plates import format_well
 from dinoray.io.storage_errors import listing_errors
 from dinoray.io.zarr_objects import leads_out
@@ -41,6 +42,21 @@ def zarr_items(uri: str, root: str) -> Iterator[Item]:
                 yield _item(uri, root, uri, {})
         except ItemError as error:  # the group's own metadata are no good
             yield _broken(uri, root, error, {})
+
+
+def as_labels(item: Item) -> Item:
+    """An item of a listing of label images: one that is no image because it is marked as labels is read as such.
+
+    Others, and what cannot be read as labels either, as they are. Raises BadRequest or TransientError for storage trouble.
+    """
+    if [file.version for file in item.files] != [UNREAD]:
+        return item
+    uri = item.files[0].uri
+    with listing_errors(uri):
+        try:
+            return replace(item, files=(label_ref(uri),), problem=None)
+        except ItemError:  # the item says what is wrong, or reading it will
+            return item
 
 
 def _plate(uri: str, wells: list[ome_zarr.WellRef], root: str) -> Iterator[Item]:

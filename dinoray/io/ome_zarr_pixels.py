@@ -32,6 +32,8 @@ from dinoray.io.zarr_objects import MAX_OBJECTS, ZarrObject, list_objects, read_
 _MARK = "ome-zarr:"
 UNREAD = _MARK + "unread"
 """The version of a group whose metadata were no good when it was listed."""
+_LABELS = _MARK + "labels:"
+"""Versions of groups that were listed as labels: marked as such (`image-label`) they are no images."""
 _THREADS = 8
 _PADDING_BYTES = 2**28
 """Decoded bytes that the chunks of a small image may take beyond four times its own."""
@@ -74,6 +76,12 @@ def field_ref(uri: str) -> FileRef:
     return FileRef(uri, -1, "missing") if group is None else _open(uri, group).ref
 
 
+def label_ref(uri: str) -> FileRef:
+    """As `field_ref`, of a group that may be marked as labels (`image-label`, which no image is): reading it gives its labels."""
+    group = _group_document(uri)
+    return FileRef(uri, -1, "missing") if group is None else _open(uri, group, labels=True).ref
+
+
 def group_attributes(uri: str) -> dict | None:
     """The OME attributes of a group; None when there is no group. Raises ItemError, errors of storage."""
     data = _group_document(uri)
@@ -85,8 +93,8 @@ def _group_document(uri: str) -> bytes | None:
     return read_document(uri, ".zattrs") if data is None else data
 
 
-def _open(uri: str, group: bytes) -> _Opened:
-    image = ome_zarr.parse_image(ome_zarr.ome_attributes(ome_zarr.parse_json(group, uri), uri), uri)
+def _open(uri: str, group: bytes, *, labels: bool = False) -> _Opened:
+    image = ome_zarr.parse_image(ome_zarr.ome_attributes(ome_zarr.parse_json(group, uri), uri), uri, labels=labels)
     if image is None:
         raise ItemError("not_image", "a Zarr group without an OME-Zarr image", where=uri)
     level = f"{uri}/{image.level}"
@@ -104,7 +112,8 @@ def _open(uri: str, group: bytes) -> _Opened:
     for text in (group, data, *(f"{o.name}\0{o.size}\0{o.version}\n".encode("utf-8", "surrogateescape") for o in objects)):
         digest.update(len(text).to_bytes(8, "little") + text)
     size = len(group) + len(data) + sum(max(0, o.size) for o in objects)
-    return _Opened(image, array, {o.name: o for o in objects}, FileRef(uri, size, _MARK + digest.hexdigest()))
+    ref = FileRef(uri, size, (_LABELS if labels else _MARK) + digest.hexdigest())
+    return _Opened(image, array, {o.name: o for o in objects}, ref)
 
 
 def fetch(file: FileRef, limits: Limits, z_projection: str) -> StoredField:
@@ -116,7 +125,7 @@ def fetch(file: FileRef, limits: Limits, z_projection: str) -> StoredField:
     uri = file.uri
     with storage_errors(uri):
         group = _group_document(uri)
-        opened = None if group is None else _open(uri, group)
+        opened = None if group is None else _open(uri, group, labels=file.version.startswith(_LABELS))
     if opened is None:
         raise ItemError("missing", "no such Zarr group", where=uri)
     if opened.ref != file:

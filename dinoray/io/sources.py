@@ -20,7 +20,7 @@ from dinoray.io import plates
 from dinoray.io.grouping import make_items
 from dinoray.io.items import Item
 from dinoray.io.manifests import is_manifest, manifest_items
-from dinoray.io.ome_zarr_items import zarr_items
+from dinoray.io.ome_zarr_items import as_labels, zarr_items
 from dinoray.io.storage_errors import listing_errors
 from dinoray.io.stores import is_local, local_path, on_inputs
 from dinoray.io.walk import ZARR, Entry, LocalTree, Matcher, RemoteTree, count, has_magic, walk
@@ -151,6 +151,14 @@ def list_items(
                          where=", ".join(sources[:5]),
                          todo="images end in .tif .tiff .png .jpg .jpeg .bmp .gif or .webp, or are OME-Zarr folders")
     listing.items = itertools.chain([first], items)
+    return listing
+
+
+def list_labels(source: str) -> ItemListing:
+    """The label images of a folder, glob, URL or manifest, each an item of its own: as `list_items`, but OME-Zarr groups that are
+    marked as labels, which are no images, are read too."""
+    listing = list_items([source], pattern="none")
+    listing.items = map(as_labels, listing.items)
     return listing
 
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import unquote_to_bytes
 
 from dinoray.errors import BadRequest
 
@@ -34,8 +35,13 @@ def is_local(url: str) -> bool:
 
 
 def local_path(url: str) -> Path:
-    """The absolute local path of a plain path or file:// URL (links in it are kept as they are)."""
+    """The absolute local path of a plain path or file:// URL (links in it are kept as they are).
+
+    %XX stands for a byte in file:// URLs (RFC 8089; `Path.as_uri()` writes them), and for itself everywhere else.
+    """
     bare = url.split("://", 1)[1] if "://" in url else url
+    if url.startswith("file://"):
+        bare = os.fsdecode(unquote_to_bytes(os.fsencode(bare.replace("%00", "%2500"))))  # no file has a NUL in its name
     return Path(os.path.abspath(os.path.expanduser(bare)))
 
 

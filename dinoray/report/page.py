@@ -11,6 +11,7 @@ from markupsafe import Markup
 from dinoray.report import plots
 from dinoray.report.run import Run
 from dinoray.report.stages import LOOP, StageTotals, verdict
+from dinoray.wording import device_words, plural
 
 WORKERS_SHOWN = 12
 TEXT_CHARS = 5000
@@ -65,7 +66,7 @@ def run_facts(run: Run) -> dict[str, Any]:
     mean, std = (", ".join(f"{v:g}" for v in normalisation[key]) for key in ("mean", "std"))
     rule = weights.get("normalisation_rule") or normalisation.get("rule")
     kinds = sorted(run.tally.device_kinds.items())
-    used = ", ".join(f"{kind} ({count:,} units)" if len(kinds) > 1 else kind for kind, count in kinds)
+    used = ", ".join(device_words(kind) + (f": {plural(count, 'unit')}" if len(kinds) > 1 else "") for kind, count in kinds)
     command = run.job["command"]
     if len(command) > COMMAND_CHARS:
         command = f"{command[:COMMAND_CHARS]}… (all of it is in _dinoray/job.json)"
@@ -73,7 +74,8 @@ def run_facts(run: Run) -> dict[str, Any]:
             "random": weights["source"].startswith("random"), "fingerprint": described["fingerprint"],
             "sources": run.job["job"]["sources"], "out": run.store.url, "num_units": run.num_units, "num_items": run.num_items,
             "complete": run.tally.units == run.num_units, "precision": described["precision"],
-            "device": used or numerics["device_kind"], "normalisation": f"{rule + ': ' if rule else ''}mean {mean}; std {std}",
+            "device": used or device_words(numerics["device_kind"]),
+            "normalisation": f"{rule + ': ' if rule else ''}mean {mean}; std {std}",
             "command": command}
 
 

@@ -24,6 +24,7 @@ import torch
 
 from dinoray.config import SegmentCellsJob
 from dinoray.errors import ItemError
+from dinoray.generations import generations
 from dinoray.io.cell_tables import image_table, join_cells
 from dinoray.io.images import Limits, load_item
 from dinoray.io.items import Item
@@ -297,12 +298,21 @@ class CellMaskRunner(UnitRunner):
 
     def _remove_masks(self, state: _State) -> None:
         """Remove what an earlier attempt stored for images that this one quarantines (they changed in between): no receipt
-        would name it."""
-        for position in state.bad:
-            key = mask_key(item_path(state.unit.items[position].item_id), self.job.masks)
+        would name it. What a later retry has committed for them stays."""
+        masks = [mask_key(item_path(state.unit.items[position].item_id), self.job.masks) for position in state.bad]
+        committed = self._committed_later(state.ledger) if masks else set()
+        for key in masks:
             keys = [key] if key.endswith(SUFFIXES["tiff"]) else [name for name, _ in state.ledger.store.list(key)]
-            for name in keys:
+            for name in set(keys) - committed:
                 state.ledger.store.delete(name)
+
+    @staticmethod
+    def _committed_later(ledger: Ledger) -> set[str]:
+        """Keys of the objects that receipts of later generations name; earlier ones have no mask of an item retried here."""
+        parts = generations(ledger.store)
+        later = parts[[part.prefix for part in parts].index(ledger.prefix) + 1:]
+        return {stored.key for part in later for receipt in part.ledger.receipts(sorted(part.ledger.done()))
+                for stored in receipt.objects}
 
     def _note_scales(self, state: _State, receipt: Receipt) -> None:
         """The estimated factors, by scaling group, go into the receipt (null: too few cells for an estimate): the driver

@@ -5,7 +5,8 @@ in this order: the diameter that the user gives; pixel sizes of the image and of
 
 The estimate segments a centred part of the image at a few factors, takes the first that shows cells, and looks again at
 the size that follows from it: at the right size the model sees best. Cells of a size that the training had enough of are left
-as they are. Specks, of which noise gives many, do not count. It is a function of the image and the model alone.
+as they are. Specks, of which noise gives many, do not count. An estimate beyond 1/4..4 is not believed: so small or large
+are specks and debris more often than cells, and who has such cells can say so. It is a function of the image and the model alone.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from dinoray.vision.resampling2d import resample, scaled_shape
 
 LARGEST = 8.0
 """Factors beyond 1/8..8 are refused: the sizes that lead to them are wrong more often than not."""
+BELIEVED = 4.0
+"""An estimate beyond 1/4..4 counts as none."""
 KEPT = 1.2
 """An estimate within this factor of 1 leaves the image as it is: resampling costs more than it gains."""
 PART_PX = 1024
@@ -39,7 +42,7 @@ SPECK = 0.1
 @dataclass(frozen=True)
 class Scale:
     """`factor` times the image's resolution is the model's; `diameter_px` is the median of its cells in px of the image,
-    where given or estimated. `unknown`: there was nothing to go by, and the factor is 1."""
+    where given or estimated. `unknown`: there was nothing to go by (or nothing to believe), and the factor is 1."""
 
     factor: float
     source: Literal["diameter", "pixel_size", "estimated", "unknown"]
@@ -54,8 +57,8 @@ def cell_scale(image: np.ndarray, config: SegmenterConfig, segment: Callable[[np
     (`Segmenter.segment`); it is called for an estimate only. `pixel_size_um` is the image's, `diameter_px` the median of
     its cells as the user knows it; an image is not resampled for a pixel size within 1 % of the model's.
 
-    Raises ItemError `scale` when the factor is not within 1/8..8, and BadRequest for a diameter where the checkpoint says
-    none, and for sizes that are not positive.
+    Raises ItemError `scale` when the factor of given sizes is not within 1/8..8, and BadRequest for a diameter where the checkpoint
+    says none, and for sizes that are not positive.
     """
     for name, value in (("pixel_size_um", pixel_size_um), ("diameter_px", diameter_px)):
         if value is not None and not (math.isfinite(value) and value > 0):
@@ -96,7 +99,7 @@ def _estimated(image: np.ndarray, model_px: float, seen_px: tuple[float, float] 
             factor = model_px / found
         if max(factor, 1 / factor) <= KEPT:
             factor = 1.0
-        return _checked(factor, "estimated", found, f"cells of {found:.3g} px, estimated, against {model_px:g} px of the model's")
+        return Scale(factor, "estimated", found) if 1 / BELIEVED <= factor <= BELIEVED else Scale(1.0, "unknown")
     return Scale(1.0, "unknown")
 
 

@@ -12,8 +12,11 @@ import tifffile
 from PIL import Image
 
 from dinoray.config.labelled import LabelledSource
-from dinoray.errors import BadRequest
+from dinoray.errors import BadRequest, ItemError
+from dinoray.io.images import Limits, load_item
 from dinoray.io.label_pairs import choose, list_predictions, list_truth, pair_up
+from dinoray.io.mask_files import mask_objects
+from dinoray.io.sources import list_items
 from tests.omezarr import write_image
 
 
@@ -88,7 +91,11 @@ def test_an_output_of_segment_cells(tmp_path: Path) -> None:
     """Masks lie in `masks`, named by item id made safe for paths."""
     files(tmp_path / "out", "masks/a%20b/c%2Fd.tif", "masks/e.tif", "report.png")
     assert sorted(list_predictions(str(tmp_path / "out"))) == ["a b/c/d", "e"]
+    (tmp_path / "out/_dinoray").mkdir()
+    for inside in ("masks", "masks/", "masks/**/*.tif"):
+        assert sorted(list_predictions(str(tmp_path / "out" / inside))) == ["a b/c/d", "e"], inside
     assert sorted(list_predictions(files(tmp_path / "plain", "a%20b.tif"))) == ["a%20b"]
+    assert sorted(list_predictions(files(tmp_path / "plain/masks", "a%20b.tif"))) == ["a%20b"]
 
 
 def test_ome_zarr_and_urls(tmp_path: Path) -> None:
@@ -102,6 +109,27 @@ def test_ome_zarr_and_urls(tmp_path: Path) -> None:
         pairs, _ = pair_up(list_predictions(place), list_truth(truth))
         pred, true = pairs[0].read()
         assert pred.max() == 70_000 and np.array_equal(pred > 0, true > 0), place
+
+
+def test_groups_that_are_marked_as_labels(tmp_path: Path) -> None:
+    """As our own outputs are, and the labels of other programs (0.4, five axes)."""
+    labels = np.zeros((9, 12), np.int32)
+    labels[2:5, 3:7] = 70_000
+    for key, data in mask_objects(labels, "masks/a.tif.zarr", 0.5):
+        (tmp_path / "out" / key).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / key).write_bytes(data)
+    group = write_image(tmp_path / "others/a.zarr", labels[None, None, None])
+    attributes = json.loads((group / ".zattrs").read_text())
+    (group / ".zattrs").write_text(json.dumps({**attributes, "image-label": {"version": "0.4"}}))
+    truth = files(tmp_path / "truth", "a.tif")
+    tifffile.imwrite(tmp_path / "truth/a.tif", (labels > 0).astype(np.uint8))
+    for place in ("out", "out/masks", "out/masks/*.zarr", "others"):
+        pairs, _ = pair_up(list_predictions(str(tmp_path / place)), list_truth(truth))
+        pred, _ = pairs[0].read()
+        assert np.array_equal(pred, labels), place
+    assert [one.image_id for one in list_truth(str(tmp_path / "out/masks"))] == ["a"]
+    with pytest.raises(ItemError, match="a label image, not an image"):  # an input of images does not take it for one
+        load_item(next(iter(list_items([str(tmp_path / "out/masks")]).items)), Limits())
 
 
 def test_ids(tmp_path: Path) -> None:

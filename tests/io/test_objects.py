@@ -9,7 +9,9 @@ import pytest
 import tifffile
 
 from dinoray.errors import BadRequest
+from dinoray.io.images import load_item
 from dinoray.io.items import Item
+from dinoray.io.mask_files import mask_objects
 from dinoray.io.objects import image_stem, label_keys, with_centroids, with_labels
 from dinoray.io.sources import list_items
 
@@ -146,3 +148,15 @@ def test_a_table_of_other_images(tmp_path: Path) -> None:
     with pytest.raises(BadRequest, match="no image has a row") as caught:
         objects(tmp_path / "img", tmp_path / "cells.csv", "item_id,x,y\nz.tif,1,1\n")
     assert "a.tif" in str(caught.value) and "z.tif" in str(caught.value)
+
+
+def test_masks_of_a_segmentation_as_ome_zarr(tmp_path: Path) -> None:
+    """A manifest names groups that are marked as labels, which no image is."""
+    write(tmp_path / "in/a.tif")
+    labels = np.arange(16, dtype=np.int32).reshape(4, 4) * 10_000
+    for key, data in mask_objects(labels, "masks/a.tif.zarr", None):
+        (tmp_path / key).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / key).write_bytes(data)
+    (tmp_path / "masks.csv").write_text(f"item_id,uri\na.tif,{tmp_path}/masks/a.tif.zarr\n")
+    item, = with_labels(list_items([str(tmp_path / "in")]), str(tmp_path / "masks.csv")).items
+    assert np.array_equal(load_item(Item("labels", (item.labels,))).image.pixels[0], labels)

@@ -424,6 +424,10 @@ def test_local_paths_are_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert local_path("a/../b") == tmp_path / "b"
     assert local_path("file:///x/y") == Path("/x/y")
     assert local_path("~/y") == Path("/home/me/y")
+    for path in (tmp_path / "a b ü%20#?", Path("/x\udcff")):  # the last byte is no UTF-8
+        assert local_path(path.as_uri()) == local_path(str(path)) == path
+    assert local_path("file:///x%00y") == Path("/x%00y")
+    assert local_path("local:///x%20y") == Path("/x%20y")
     assert open_store("out").url == str(tmp_path / "out")
     assert isinstance(open_store("memory://x"), FsspecStore)
 

@@ -200,6 +200,23 @@ def test_images_of_other_channels_share_one_table(fields: Path, stained: Path, c
     assert set(table.column_names) == set(rows[0]) and table.column_names[-1] == "feature"
 
 
+def test_the_commands_of_the_docs_read_parts_of_other_channels(fields: Path, stained: Path, checkpoint: Path, tmp_path: Path,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/segmentation.md, as it stands there; `fields` and `stained` are one folder."""
+    out = tmp_path / "OUT"
+    run_segment(fields, checkpoint, out, channel="0", unit_items=1)
+    names = set(open_features(str(out)).table().column_names)
+    text = (Path(__file__).parents[2] / "docs/segmentation.md").read_text()
+    code, = [block for block in text.split("```python\n")[1:] if "by_duckdb" in block]
+    monkeypatch.chdir(tmp_path)
+    found: dict = {}
+    exec(code.partition("```")[0], found)
+    for table in (found["by_pandas"], found["by_polars"], found["by_duckdb"].df()):
+        assert set(table.columns) == names and len(table) == sum(COUNTS.values()) + 4
+        assert table["intensity_mean_ER"].count() == 4 and table["intensity_mean_gray"].count() == sum(COUNTS.values())
+    assert len({tuple(pq.read_schema(path)) for path in (out / "images").rglob("*.parquet")}) == 1
+
+
 def test_rgb_and_8_bit(checkpoint: Path, tmp_path: Path) -> None:
     gray = (blobs((64, 80), 5, 3) * 240).astype(np.uint8)
     (tmp_path / "in").mkdir()
@@ -314,6 +331,23 @@ def test_a_retry_and_an_extension(fields: Path, checkpoint: Path, tmp_path: Path
     assert len(found) == len(COUNTS) + 1 and found["c.tif"].max() == COUNTS["c.tif"]
     assert open_features(str(out)).table().num_rows == sum(COUNTS.values()) + 2
     assert found[next(name for name in found if name.endswith("f.tif"))].max() == 2
+
+
+@pytest.mark.parametrize("masks", ["tiff", "zarr"])
+def test_a_unit_done_again_leaves_what_a_retry_has_committed(fields: Path, checkpoint: Path, tmp_path: Path, masks: str) -> None:
+    """`verify --deep` says to delete a receipt and to run again: then the image that a retry has done is a changed one."""
+    from dinoray.repair import retry
+
+    good, out = (fields / "c.tif").read_bytes(), tmp_path / "out"
+    (fields / "c.tif").write_bytes(good[:300])
+    assert run_segment(fields, checkpoint, out, unit_items=8, masks=masks).exit_code == 3
+    (fields / "c.tif").write_bytes(good)
+    assert retry(str(out), say=lambda line: None).exit_code == 0
+    whole = data_objects(out)
+    next((out / "_dinoray/receipts").iterdir()).unlink()
+    run_segment(fields, checkpoint, out, unit_items=8, masks=masks)
+    assert data_objects(out) == whole
+    verify_deep(open_store(str(out)))
 
 
 def test_damage_is_found(fields: Path, checkpoint: Path, tmp_path: Path) -> None:
@@ -496,10 +530,24 @@ def test_the_scale_is_estimated_where_nobody_tells_it(tmp_path: Path) -> None:
     for row in rows:
         assert row["scale"] == 1.0 if row["scale_source"] == "unknown" else 1.5 < row["scale"] < 2.8
     assert any(line.startswith("scale estimated for 3 images: median factor 2") for line in lines)
-    assert any(line.startswith("scale unknown for 1 image with too few cells") for line in lines)
+    assert any(line.startswith("scale unknown for 1 image (too few cells") for line in lines)
     for i, threads in enumerate(((1, 1), (4, 3))):
         run_segment(tmp_path / "in", checkpoint, tmp_path / f"again{i}", decode_threads=threads[0], compute_threads=threads[1])
         assert data_objects(tmp_path / f"again{i}") == data_objects(tmp_path / "out")
+
+
+@pytest.mark.parametrize("model_um", [None, 0.5])
+def test_a_pixel_size_that_sets_no_scale_is_said_and_not_advised(tmp_path: Path, model_um: float | None) -> None:
+    checkpoint = seeing_checkpoint(tmp_path / "ck", median_diameter_px=20.0, pixel_size_um=model_um)
+    write(tmp_path / "in/a.tif", as_16_bit(blobs((128, 160), 20, 0)))
+    write(tmp_path / "in/b.tif", as_16_bit(blobs((128, 160), 2, 1)))
+    lines: list[str] = []
+    run_segment(tmp_path / "in", checkpoint, tmp_path / "out", say=lines.append, pixel_size_um=None if model_um else 0.5)
+    assert ("scale estimated per image: --pixel-size-um does not set it, because the model has no pixel size" in lines[0]) \
+        == (model_um is None)
+    advice = [line for line in lines if line.startswith("scale ")]
+    assert len(advice) == 2 and all(("--pixel-size-um" in line) == (model_um is not None) for line in advice)
+    assert all("--diameter-px" in line for line in advice)
 
 
 def test_a_scale_that_cannot_be_is_a_reason(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_what_is_known_decides_and_nothing_is_segmented() -> None:
     assert cell_scale(image, config(median_diameter_px=None), never, pixel_size_um=0.2) == Scale(1.0, "unknown")
 
 
-@pytest.mark.parametrize("diameter", [5.5, 7, 9, 13, 18, 20, 23, 30, 41, 60, 100])
+@pytest.mark.parametrize("diameter", [5.5, 7, 9, 13, 18, 20, 23, 30, 41, 60, 76])
 def test_the_estimate_finds_discs_of_any_size(diameter: float) -> None:
     image = picture(diameter, max(200, int(12 * diameter)))
     found = cell_scale(image, config(), Eyes())
@@ -69,6 +69,13 @@ def test_the_estimate_finds_discs_of_any_size(diameter: float) -> None:
     assert found.diameter_px == pytest.approx(true, rel=0.06)
     wanted = 20 / true
     assert found.factor == (1.0 if 1 / 1.2 < wanted < 1.2 else pytest.approx(wanted, rel=0.06))
+
+
+@pytest.mark.parametrize("diameter", [3.5, 90, 160])
+def test_an_estimate_of_more_than_four_times_is_not_believed(diameter: float) -> None:
+    image = picture(diameter, max(200, int(12 * diameter)))
+    assert cell_scale(image, config(), Eyes(smallest=1)) == Scale(1.0, "unknown")
+    assert cell_scale(image, config(), never, diameter_px=diameter).factor == 20 / diameter, "who knows can say so"
 
 
 def test_the_estimate_looks_again_at_the_size_that_follows() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from dinoray.config.labelled import LabelledSource
 from dinoray.io.annotations.labelled import Truth
 from dinoray.io.items import Item
-from dinoray.io.sources import ItemListing, list_items
+from dinoray.io.sources import ItemListing, list_items, list_labels
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Found:
 
 def files_of(path: str) -> tuple[list[Item], ItemListing]:
     """Every image file of a folder, glob or URL as an item of its own. Raises BadRequest when there is none."""
-    listing = list_items([path], pattern="none")
+    listing = list_labels(path)
     return list(listing.items), listing
 
 
