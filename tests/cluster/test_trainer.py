@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -146,7 +147,7 @@ def test_an_elastic_group_starts_with_what_is_there(discs: Path, tmp_path: Path)
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["drain", "SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize("how", ["drain", "SIGKILL"])
 def test_ended_from_outside_it_leaves_no_worker_and_resumes(how: str, discs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     argv = write_job(tmp_path / "s.yaml", job(discs, out, steps=2000, checkpoint_every=2, validate_every=1000))
@@ -168,13 +169,14 @@ def test_ended_from_outside_it_leaves_no_worker_and_resumes(how: str, discs: Pat
     if how == "drain":
         assert "asked to stop: a state is saved, then the training ends" in printed
         assert "Stopped: training stopped at step" in printed
-    if how == "SIGTERM":
-        assert "stopped by SIGTERM; resume with: dinoray train distance-map" in printed
     _, alive = psutil.wait_procs(workers, timeout=30)
     assert not alive, [child.cmdline() for child in alive]
     step = last_state(out)["progress"]["step"]
     values = job(discs, out, steps=2000, checkpoint_every=2, validate_every=1000) | {"no_ray": True, "stop_after_s": 1}
     done = subprocess.run(write_job(tmp_path / "r.yaml", values), env=environment(), capture_output=True, text=True, timeout=240)
-    assert done.returncode == 1 and f"going on from step {step}" in done.stdout, done.stdout + done.stderr
+    going_on = re.search(r"going on from step (\d+)", done.stdout)
+    assert done.returncode == 1 and going_on is not None, done.stdout + done.stderr
+    # asked to stop, workers may still save a last state after the one that was read here; killed, they may not
+    assert int(going_on[1]) >= step if how == "drain" else int(going_on[1]) == step, printed + done.stdout + done.stderr
     assert "Stopped: training stopped at step" in done.stderr
     assert last_state(out)["progress"]["step"] > step
