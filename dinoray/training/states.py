@@ -39,21 +39,33 @@ def save_state(store: Store, kind: Kind, step: int, state: dict[str, Any]) -> No
 
 def load_state(store: Store, kind: Kind, device: torch.device | str = "cpu") -> dict[str, Any] | None:
     """The state that `<kind>.json` points at, or None. Raises OutputDamaged when it is not what was written."""
+    before = None
+    while True:
+        found = _pointer(store, kind)
+        if found is None:
+            return None
+        key, digest = found
+        where = f"{store.url}/{key}"
+        try:
+            # a local file is read twice, never held whole beside the tensors that come out of it
+            with store.open(key) if isinstance(store, LocalStore) else io.BytesIO(store.get(key)) as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                    raise OutputDamaged("a saved state is not what was written", where=where, todo=_TODO)
+                file.seek(0)
+                return torch.load(file, map_location=device, weights_only=True)
+        except FileNotFoundError as error:
+            if key == before:
+                raise OutputDamaged("a saved state is missing", where=where, todo=_TODO) from error
+            before = key  # a newer one may have replaced it since the pointer was read: look once more
+
+
+def _pointer(store: Store, kind: Kind) -> tuple[str, str] | None:
+    """(key, sha256) of the state that `<kind>.json` points at, or None."""
     try:
         pointer = json.loads(store.get(f"{PREFIX}/{kind}.json"))
-        key, digest = pointer["key"], pointer["sha256"]
+        return pointer["key"], pointer["sha256"]
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise OutputDamaged(f"what points at the {kind} state cannot be read: {error!r}", where=f"{store.url}/{PREFIX}/{kind}.json",
                             todo=_TODO) from error
-    where = f"{store.url}/{key}"
-    try:
-        # a local file is read twice, never held whole beside the tensors that come out of it
-        with store.open(key) if isinstance(store, LocalStore) else io.BytesIO(store.get(key)) as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                raise OutputDamaged("a saved state is not what was written", where=where, todo=_TODO)
-            file.seek(0)
-            return torch.load(file, map_location=device, weights_only=True)
-    except FileNotFoundError as error:
-        raise OutputDamaged("a saved state is missing", where=where, todo=_TODO) from error

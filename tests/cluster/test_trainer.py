@@ -87,6 +87,7 @@ def discs(tmp_path: Path) -> Path:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_two_workers_equal_one_and_a_killed_one_is_replaced(discs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     printed = complete(write_job(tmp_path / "a.yaml", job(discs, tmp_path / "two")))
@@ -113,6 +114,7 @@ def test_two_workers_equal_one_and_a_killed_one_is_replaced(discs: Path, tmp_pat
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_what_trying_again_cannot_mend_ends_it_at_once(discs: Path, tmp_path: Path, local_ray: None) -> None:
     began = time.monotonic()
     with pytest.raises(SystemicError, match="^the (loss of a step|gradient's norm) is ") as caught:

@@ -45,6 +45,7 @@ def train(values: dict[str, Any]) -> tuple[Any, list[str]]:
     return train_distance_map(TrainDistanceMapJob(**values), said.append, command="dinoray train"), said
 
 
+@pytest.mark.slow
 def test_the_life_of_a_training(discs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     values = disc_job(discs, out, steps=40, stop_after_s=0.5)

@@ -15,7 +15,7 @@ checkpoint (tests/training/test_loop.py has every passage)."""
 
 
 @pytest.mark.parametrize(("precision", "ema"), [
-    ("float32", 0.0), pytest.param("bfloat16", 0.9, marks=pytest.mark.slow)])
+    pytest.param("float32", 0.0, marks=pytest.mark.slow), pytest.param("bfloat16", 0.9, marks=pytest.mark.slow)])
 def test_killed_at_every_point_it_ends_with_the_same_bytes(precision: str, ema: float, tmp_path: Path,
                                                           monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

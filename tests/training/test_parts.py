@@ -203,3 +203,23 @@ def test_the_board_reaches_a_remote_output(tmp_path: Path) -> None:
             (tmp_path / key.rsplit("/", 1)[-1]).write_bytes(data)
     journal.close()
     assert points(tmp_path, "train/loss") == [(1, 3.0)]
+
+
+def test_a_state_that_is_replaced_while_it_is_read_is_read_anew(tmp_path: Path) -> None:
+    class Racing(LocalStore):
+        """The first state opened is replaced by a newer one just before."""
+
+        raced = False
+
+        def open(self, key: str):
+            if not self.raced:
+                self.raced = True
+                save_state(self, "last", 2, {"step": 2})
+            return super().open(key)
+
+    store = Racing(str(tmp_path))
+    save_state(store, "last", 1, {"step": 1})
+    assert load_state(store, "last") == {"step": 2}
+    (tmp_path / "_dinoray/states/last-000000002.pt").unlink()
+    with pytest.raises(OutputDamaged, match="a saved state is missing"):
+        load_state(store, "last")
