@@ -1,0 +1,228 @@
+"""Regions of volumes with labels, as a training sees them: grids in nm, crops of any place, mirrored and masked beyond the region.
+
+Nothing outside of a region is ever read, so regions that do not touch share no voxel, however wide a context is. Lengths are nm in
+the coordinates of the raw volume.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import product
+
+import numpy as np
+
+from dinoray.config.volume_labels import LabelledVolume
+from dinoray.errors import BadRequest, ItemError, SystemicError
+from dinoray.io.volume_grid import Shape, Triple, reflect
+from dinoray.io.volumes import Volume, VolumeRequest, open_volume
+from dinoray.vision.quality import percentiles
+from dinoray.vision.voxel_grids import VoxelGrid
+
+ALIGNED = 0.05
+"""Share of a raw voxel by which the grids of raw and labels may be apart: rounding of metadata."""
+BLOCK = 64
+"""Voxels a side of a block of the sample that fixes the scaling."""
+PERCENTS = (0.1, 99.9)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box of a region: `values` with what lies outside mirrored, `inside` along each axis (bool)."""
+
+    values: np.ndarray
+    inside: tuple[np.ndarray, np.ndarray, np.ndarray]
+
+    @property
+    def known(self) -> np.ndarray:
+        """[z, y, x] bool: voxels of the region."""
+        z, y, x = self.inside
+        return z[:, None, None] & y[None, :, None] & x[None, None, :]
+
+
+class _Held:
+    """A volume that is kept in memory once it was read, where it may be."""
+
+    def __init__(self, volume: Volume, keep: bool):
+        self.volume, self._keep = volume, keep
+        self._values: np.ndarray | None = None
+        self._lock = threading.Lock()
+
+    def read(self, start: Sequence[int], shape: Sequence[int]) -> Piece:
+        """The box [start, start + shape), which may reach beyond the volume. Raises what `Volume.read` raises."""
+        at = [np.arange(s, s + n) for s, n in zip(start, shape, strict=True)]
+        inside = tuple((i >= 0) & (i < n) for i, n in zip(at, self.volume.shape, strict=True))
+        folded = [reflect(i, n) for i, n in zip(at, self.volume.shape, strict=True)]
+        if self._keep:
+            with self._lock:
+                if self._values is None:
+                    self._values = self.volume.read(*(slice(0, n) for n in self.volume.shape))
+            return Piece(self._values[np.ix_(*folded)], inside)  # type: ignore[arg-type]
+        low = [int(f.min()) for f in folded]
+        box = self.volume.read(*(slice(a, int(f.max()) + 1) for a, f in zip(low, folded, strict=True)))
+        return Piece(box[np.ix_(*(f - a for f, a in zip(folded, low, strict=True)))], inside)  # type: ignore[arg-type]
+
+
+class Region:
+    """One LabelledVolume, open. Safe to read from several threads."""
+
+    def __init__(self, source: LabelledVolume, *, keep_bytes: int, context_nm: Triple | None = None, scaling_sample: int = 64):
+        """`keep_bytes`: of each volume that may be kept in memory; `context_nm`: pixels of the context's slices (a coarser level
+        of raw serves it where there is one). Raises BadRequest for volumes that do not fit each other."""
+        self.source = source
+        self.raw_volume = open_volume(_request(source, source.raw_voxel_size))
+        self.label_volume = open_volume(VolumeRequest(source.labels, raw_voxel_nm=_nm(source.label_voxel_size),
+                                                      dataset=source.label_dataset, mask=True))
+        if self.label_volume.dtype.kind not in "iub":
+            raise BadRequest(f"labels of the type {self.label_volume.dtype}", where=source.labels, todo="give whole numbers")
+        self.factor = _factor(self.raw_volume, self.label_volume, source)
+        # the label voxels that lie in the region, and where they begin, in raw voxels
+        self.raw_grid = VoxelGrid(self.raw_volume.shape, self.raw_volume.translation_nm, self.raw_volume.voxel_size_nm)
+        whole = VoxelGrid(self.label_volume.shape, self.label_volume.translation_nm, self.label_volume.voxel_size_nm)
+        self._label_from, count = _covered(whole, self.raw_grid, source)
+        self.label_grid = whole.part(self._label_from, count)
+        self.context_volume, self.context_factor = self._context(context_nm)
+        keep = [v.dtype.itemsize * int(np.prod(v.shape)) <= keep_bytes for v in (self.raw_volume, self.context_volume, self.label_volume)]
+        self._raw, self._labels = _Held(self.raw_volume, keep[0]), _Held(self.label_volume, keep[2])
+        self._coarse = self._raw if self.context_volume is self.raw_volume else _Held(self.context_volume, keep[1])
+        self.low, self.high = self._range(scaling_sample)
+
+    def close(self) -> None:
+        """Close the volumes."""
+        for volume in {id(v): v for v in (self.raw_volume, self.context_volume, self.label_volume)}.values():
+            volume.close()
+
+    # ---------------------------------------------------------------- reading
+
+    def labels(self, start: Shape, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
+        """(labels, known), both [z, y, x], of label voxels [start, start + shape) of the region. Raises SystemicError."""
+        piece = _read(self._labels, [a + b for a, b in zip(start, self._label_from, strict=True)], shape)
+        known = piece.known
+        for axis, (first, n) in enumerate(zip(start, shape, strict=True)):
+            at = np.arange(first, first + n)
+            outside = (at < 0) | (at >= self.label_grid.shape[axis])
+            known &= ~outside.reshape([-1 if a == axis else 1 for a in range(3)])
+        if self.source.unknown is not None:
+            known &= piece.values != self.source.unknown
+        return piece.values, known
+
+    def raw(self, start: Shape, shape: Shape) -> Piece:
+        """Raw voxels that label voxels [start, start + shape) are made of, scaled: float32, about 0..1. Raises SystemicError."""
+        corner = [round((self.label_grid.first_nm[a] - self.label_grid.pitch_nm[a] / 2
+                         - self.raw_grid.first_nm[a] + self.raw_grid.pitch_nm[a] / 2) / self.raw_grid.pitch_nm[a]) for a in range(3)]
+        first = [c + s * f for c, s, f in zip(corner, start, self.factor, strict=True)]
+        piece = _read(self._raw, first, [n * f for n, f in zip(shape, self.factor, strict=True)])
+        return Piece(self._scaled(piece.values), piece.inside)
+
+    def context(self, centre_nm: Triple, shape: Shape) -> tuple[Piece, VoxelGrid]:
+        """Pixels of the context around a place: `shape` of them, each the mean of `context_factor` voxels of the level that serves
+        it, scaled; and their grid (its middle is within half a voxel of that level of the place). Raises SystemicError."""
+        level = self.context_volume
+        counts = [n * f for n, f in zip(shape, self.context_factor, strict=True)]
+        first = [round((c - t) / r - (n - 1) / 2) for c, t, r, n
+                 in zip(centre_nm, level.translation_nm, level.voxel_size_nm, counts, strict=True)]
+        piece = _read(self._coarse, first, counts)
+        values = self._scaled(piece.values)
+        (a, b, c), (fa, fb, fc) = shape, self.context_factor
+        values = values.reshape(a, fa, b, fb, c, fc).mean(axis=(1, 3, 5)) if max(self.context_factor) > 1 else values
+        inside = tuple(i.reshape(n, f).any(axis=1) for i, n, f in zip(piece.inside, shape, self.context_factor, strict=True))
+        fine = VoxelGrid(tuple(counts), tuple(t + s * r for t, s, r in zip(level.translation_nm, first, level.voxel_size_nm, strict=True)),  # type: ignore[arg-type]
+                         level.voxel_size_nm)
+        return Piece(values, inside), fine.pooled(self.context_factor)  # type: ignore[arg-type]
+
+    # ---------------------------------------------------------------- opening
+
+    def _scaled(self, values: np.ndarray) -> np.ndarray:
+        return np.clip((values.astype(np.float32) - np.float32(self.low)) * np.float32(1 / (self.high - self.low)), 0, 1)
+
+    def _context(self, pixel_nm: Triple | None) -> tuple[Volume, Shape]:
+        """(the level, its voxels per pixel) for pixels of `pixel_nm`."""
+        if pixel_nm is None:
+            return self.raw_volume, (1, 1, 1)
+        box = self.source.box()
+        if box is None:  # a coarser level covers the same place
+            try:
+                found = open_volume(_request(self.source, pixel_nm))
+            except BadRequest:
+                found = self.raw_volume
+            if all(a <= b * 1.001 for a, b in zip(found.voxel_size_nm, pixel_nm, strict=True)):
+                ratio = tuple(b / a for a, b in zip(found.voxel_size_nm, pixel_nm, strict=True))
+                if all(abs(r - round(r)) < 1e-3 for r in ratio):
+                    return found, tuple(round(r) for r in ratio)  # type: ignore[return-value]
+        ratio = tuple(b / a for a, b in zip(self.raw_volume.voxel_size_nm, pixel_nm, strict=True))
+        if any(abs(r - round(r)) > 1e-3 or r < 0.999 for r in ratio):
+            raise BadRequest(f"pixels of the context of {pixel_nm} nm are no multiples of raw voxels of {self.raw_volume.voxel_size_nm} nm",
+                             where="context_factor", todo="choose another context_factor")
+        return self.raw_volume, tuple(round(r) for r in ratio)  # type: ignore[return-value]
+
+    def _range(self, count: int) -> tuple[float, float]:
+        """Percentiles 0.1 and 99.9 of a sample of the region's blocks, those whose place has the smallest hash."""
+        places = list(product(*(range(-(-n // BLOCK)) for n in self.raw_volume.shape)))
+        places.sort(key=lambda p: blake2b("-".join(map(str, p)).encode(), digest_size=8).digest())
+        values = []
+        for place in places[:count]:
+            box = [slice(i * BLOCK, min((i + 1) * BLOCK, n)) for i, n in zip(place, self.raw_volume.shape, strict=True)]
+            try:
+                values.append(self.raw_volume.read(*box).ravel())
+            except ItemError as error:
+                raise BadRequest(f"raw cannot be read: {error.what}", where=error.where, todo="mend it, or choose another region") from error
+        sample = np.concatenate(values)
+        if sample.dtype.kind == "f" and not np.isfinite(sample).all():
+            raise BadRequest("raw holds NaN or infinite voxels", where=self.source.raw, todo="fill them, or choose another region")
+        low, high = percentiles(sample, PERCENTS)
+        if not high > low:
+            raise BadRequest(f"raw is {low:g} nearly everywhere", where=self.source.raw, todo="choose a region with something in it")
+        return low, high
+
+
+def _nm(size: tuple[float, ...] | None) -> Triple | float | None:
+    return None if size is None else size[0] if len(size) == 1 else size  # type: ignore[return-value]
+
+
+def _request(source: LabelledVolume, size: tuple[float, ...] | None) -> VolumeRequest:
+    channel = int(source.channel) if source.channel is not None and source.channel.isdecimal() else source.channel
+    return VolumeRequest(source.raw, raw_voxel_nm=_nm(size), dataset=source.raw_dataset, channel=channel, crop=source.box())  # type: ignore[arg-type]
+
+
+def _read(held: _Held, start: Sequence[int], shape: Sequence[int]) -> Piece:
+    try:
+        piece = held.read(start, shape)
+    except ItemError as error:
+        raise SystemicError(f"a training volume cannot be read: {error.what}", where=error.where,
+                            todo="restore it, then run the same command again: it resumes from the last state") from error
+    if piece.values.dtype.kind == "f" and not np.isfinite(piece.values).all():
+        raise SystemicError("a training volume holds NaN or infinite voxels", where=held.volume.ref.uri, todo="fill them, or leave "
+                            "them out by `region`")
+    return piece
+
+
+def _factor(raw: Volume, labels: Volume, source: LabelledVolume) -> Shape:
+    """Raw voxels per label voxel along each axis. Raises BadRequest where that is no whole number."""
+    ratio = [g / r for g, r in zip(labels.voxel_size_nm, raw.voxel_size_nm, strict=True)]
+    if any(abs(r - round(r)) > 1e-3 or round(r) < 1 for r in ratio):
+        raise BadRequest(f"labels of {'x'.join(f'{v:g}' for v in labels.voxel_size_nm)} nm over raw voxels of "
+                         f"{'x'.join(f'{v:g}' for v in raw.voxel_size_nm)} nm: the ratio {', '.join(f'{r:.3g}' for r in ratio)} is no "
+                         "whole number", where=source.labels, todo="choose levels by raw_voxel_size and label_voxel_size, or resample one")
+    return tuple(round(r) for r in ratio)  # type: ignore[return-value]
+
+
+def _covered(labels: VoxelGrid, raw: VoxelGrid, source: LabelledVolume) -> tuple[Shape, Shape]:
+    """(start, shape) of the label voxels that lie within raw. Raises BadRequest when none does or the grids are shifted."""
+    start, shape = [], []
+    for axis in range(3):
+        size, fine = labels.pitch_nm[axis], raw.pitch_nm[axis]
+        corner = labels.first_nm[axis] - size / 2 - (raw.first_nm[axis] - fine / 2)  # of the labels, from raw's
+        apart = abs(corner / fine - round(corner / fine))
+        if apart > ALIGNED:
+            raise BadRequest(f"labels lie {apart:.2f} raw voxels beside the raw grid along {'zyx'[axis]}", where=source.labels,
+                             todo="mend the translation in the metadata, or resample the labels onto the raw grid")
+        low = max(0, -int(np.floor(corner / size + 1e-6)))
+        high = min(labels.shape[axis], int(np.floor((raw.extent_nm[axis] - corner) / size + 1e-6)))
+        if high <= low:
+            raise BadRequest(f"labels and raw do not meet along {'zyx'[axis]}", where=source.labels,
+                             todo="check translations, voxel sizes and `region`")
+        start.append(low)
+        shape.append(high - low)
+    return tuple(start), tuple(shape)  # type: ignore[return-value]
