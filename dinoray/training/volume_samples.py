@@ -17,38 +17,28 @@ from dinoray.training.sampling import generator, pick
 from dinoray.training.volume_augmentation import spoil
 from dinoray.training.volume_regions import Region
 from dinoray.training.volume_turns import Turn, turns
+from dinoray.vision.fusion_model import VolumeCrop
 from dinoray.vision.voxel_grids import VoxelGrid
-
-Planes = dict[str, tuple[np.ndarray, VoxelGrid]]
-"""plane -> (tokens [C, z, y, x], their grid about the crop's centre)."""
-
 
 @dataclass(frozen=True)
 class CropSample:
-    """Lengths in nm from the crop's centre. `labels`, `known` [z, y, x] on `label_grid`; `raw` float32 about 0..1 on `raw_grid`;
-    `context` the same around it, `context_inside` per axis; stored tokens where there are any."""
+    """A crop with its labels: `labels`, `known` [z, y, x] on the crop's target grid."""
 
+    crop: VolumeCrop
     labels: np.ndarray
     known: np.ndarray
-    label_grid: VoxelGrid
-    raw: np.ndarray
-    raw_grid: VoxelGrid
-    context: np.ndarray | None = None
-    context_grid: VoxelGrid | None = None
-    context_inside: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
-    tokens: Planes | None = None
-    context_tokens: Planes | None = None
 
     def turned(self, turn: Turn) -> CropSample:
         """The sample turned as a whole."""
-        return replace(
-            self, labels=turn.array(self.labels), known=turn.array(self.known), label_grid=turn.grid(self.label_grid),
-            raw=turn.array(self.raw), raw_grid=turn.grid(self.raw_grid),
-            context=None if self.context is None else turn.array(self.context),
-            context_grid=None if self.context_grid is None else turn.grid(self.context_grid),
-            context_inside=None if self.context_inside is None else turn.axes(self.context_inside),
-            tokens=None if self.tokens is None else turn.tokens(self.tokens),
-            context_tokens=None if self.context_tokens is None else turn.tokens(self.context_tokens))
+        crop = self.crop
+        return CropSample(replace(
+            crop, target_grid=turn.grid(crop.target_grid), raw=turn.array(crop.raw), raw_grid=turn.grid(crop.raw_grid),
+            context=None if crop.context is None else turn.array(crop.context),
+            context_grid=None if crop.context_grid is None else turn.grid(crop.context_grid),
+            context_inside=None if crop.context_inside is None else turn.axes(crop.context_inside),
+            tokens=None if crop.tokens is None else turn.tokens(crop.tokens),
+            context_tokens=None if crop.context_tokens is None else turn.tokens(crop.context_tokens)),
+            turn.array(self.labels), turn.array(self.known))
 
 
 class CropSampler:
@@ -74,8 +64,9 @@ class CropSampler:
         region = self.regions[pick(rng, self._shares)]
         turn = self.turns[int(rng.random() * len(self.turns))]
         sample = self.at(region, self._place(region, rng))
-        raw, context = spoil(sample.raw, sample.raw_grid, sample.context, sample.context_grid, self.job.augmentation, rng)
-        return replace(sample, raw=raw, context=context).turned(turn)
+        crop = sample.crop
+        raw, context = spoil(crop.raw, crop.raw_grid, crop.context, crop.context_grid, self.job.augmentation, rng)
+        return replace(sample, crop=replace(crop, raw=raw, context=context)).turned(turn)
 
     def at(self, region: Region, start: Shape) -> CropSample:
         """The crop whose first label voxel is `start`, as it is. Raises SystemicError."""
@@ -85,13 +76,13 @@ class CropSampler:
         centre = crop.centre_nm
         raw = region.raw(start, self.shape).values
         fine: Triple = tuple(g / f for g, f in zip(crop.pitch_nm, region.factor, strict=True))  # type: ignore[assignment]
-        raw_grid = centred(raw.shape, fine)  # type: ignore[arg-type]
-        sample = CropSample(labels, known, centred(self.shape, crop.pitch_nm), raw, raw_grid)
+        found = VolumeCrop(centred(self.shape, crop.pitch_nm), raw, centred(raw.shape, fine))  # type: ignore[arg-type]
         if job.fusion == "none":
-            return sample
+            return CropSample(found, labels, known)
         pixels = tuple(n * f for n, f in zip(self.shape, region.factor, strict=True))
         piece, grid = region.context(centre, pixels)  # type: ignore[arg-type]
-        return replace(sample, context=piece.values, context_grid=about(grid, centre), context_inside=piece.inside)
+        found = replace(found, context=piece.values, context_grid=about(grid, centre), context_inside=piece.inside)
+        return CropSample(found, labels, known)
 
     def _place(self, region: Region, rng: np.random.Generator) -> Shape:
         """A place whose labels satisfy the filters. Raises BadRequest after max_attempts."""

@@ -1,0 +1,124 @@
+"""The context-fusion task on the shared trainer: the same loss however samples are shared, resumed to the bit, and a context that is
+really used: a label that only structure outside of the crop decides."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dinoray.config.fusion import TrainContextFusionJob
+from dinoray.io.stores import LocalStore
+from dinoray.io.volume_grid import Triple
+from dinoray.training.context_fusion import ContextFusionTask, record_of
+from dinoray.training.loop import fit
+from dinoray.training.sampling import micro_batches
+from dinoray.training.steps import Stepper
+from dinoray.training.volume_regions import Region
+from dinoray.training.workers import Workers
+from dinoray.vision.fusion_model import new_model
+from tests.runs import tiny_backbone
+from tests.training import group
+from tests.training.toys import assert_same_state, last_state, timeless
+from tests.training.volumes import build, fusion_job, make_pair
+
+WITH_CONTEXT = {"inputs": "both", "fusion": "full", "model": "vitt16", "weights": "random", "context_factor": 2, "context_cells": 4}
+
+
+def pixel_nm(job: TrainContextFusionJob, source) -> Triple | None:
+    if job.fusion == "none":
+        return None
+    with_labels = Region(source, keep_bytes=0)
+    sizes = tuple(g / f * job.context_factor for g, f in zip(with_labels.label_grid.pitch_nm, with_labels.factor, strict=True))
+    with_labels.close()
+    return sizes  # type: ignore[return-value]
+
+
+def make_task(job: TrainContextFusionJob, dtype: torch.dtype = torch.float32) -> ContextFusionTask:
+    """With the tiny backbone where one is asked for."""
+    train, validation = ([Region(s, keep_bytes=10**8, context_nm=pixel_nm(job, s)) for s in sources] for sources in (job.train, job.validation))
+    model = new_model(record_of(job, train[0].factor), tiny_backbone() if job.uses_backbone else None, seed=job.seed)
+    model.unet.to(dtype)
+    return ContextFusionTask(job, "f", model, train, validation)
+
+
+def reduced(workers: Workers, values: dict[str, Any], cases: list[tuple[int, int]]) -> list[Any]:
+    """For each (batch, micro-batch): (loss, the reduced gradient)."""
+    found = []
+    for batch, micro in cases:
+        task = make_task(build(values), torch.float64)
+        stepper = Stepper(task.model, torch.optim.SGD(task.parameter_groups(), lr=0.0), task.loss, workers, micro_batch=micro, clip_norm=1e9)
+        kept: list[torch.Tensor] = []
+        stepper.optimizer.register_step_pre_hook(lambda opt, a, k, kept=kept, s=stepper: kept.extend(p.grad.clone() for p in s.parameters))
+        parts = [[task.sample(i) for i in part] for part in workers.share(micro_batches(0, batch, micro))]
+        result = stepper.step(parts, seed=1)
+        found.append((result.loss, torch.cat([g.reshape(-1) for g in kept])))
+    return found
+
+
+@pytest.mark.parametrize("fields", [{}, {"target": "affinities"}, WITH_CONTEXT], ids=["raw", "affinities", "context"])
+def test_two_workers_compute_the_gradient_of_one(fields: dict[str, Any], tmp_path: Path) -> None:
+    values = fusion_job(make_pair(tmp_path, classes="target" not in fields, factor=2), tmp_path / "out", **fields)
+    whole = group.alone(reduced, values, [(4, 4)])[0]
+    parts = group.in_group(2, reduced, tmp_path / "g", values, [(4, 1)])
+    for found in parts:
+        # losses are computed in float32 (as under autocast), gradients are summed in float64
+        assert abs(found[0][0] - whole[0]) <= 1e-6 * abs(whole[0])
+        scale = float(whole[1].abs().max())
+        assert float((found[0][1] - whole[1]).abs().max()) <= 1e-5 * scale
+    assert torch.equal(parts[0][0][1], parts[1][0][1])
+
+
+@pytest.mark.parametrize("fields", [{"target": "affinities"}, WITH_CONTEXT | {"dropout": 0.2}], ids=["affinities", "context"])
+def test_interrupted_anywhere_it_ends_the_same(fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = make_pair(tmp_path, classes="target" not in fields)
+
+    def train(name: str):
+        job = build(fusion_job(pair, tmp_path / name, **fields))
+        return fit(job, make_task(job), Workers(), LocalStore(str(tmp_path / name)))
+
+    whole = train("whole")
+    assert (whole.step, whole.ended) == (8, "steps") and whole.history[-1]["val_loss"] > 0
+    assert ("val_iou" in whole.history[-1]) == ("target" not in fields)
+    for point in ("train.step@6", "train.state@2"):
+        name, _, passage = point.partition("@")
+        monkeypatch.setattr("dinoray.failpoints._passed", Counter())
+        monkeypatch.setenv("DINORAY_FAILPOINTS", f"{name}=raise@{passage}")
+        with pytest.raises(OSError, match=name):
+            train(point)
+        monkeypatch.delenv("DINORAY_FAILPOINTS")
+        assert timeless(train(point).history) == timeless(whole.history)
+        assert_same_state(last_state(tmp_path / point), last_state(tmp_path / "whole"))
+
+
+def test_it_learns_what_raw_shows(tmp_path: Path) -> None:
+    job = build(fusion_job(make_pair(tmp_path, classes=True), tmp_path / "out", steps=60, validate_every=60, checkpoint_every=60))
+    history = fit(job, make_task(job), Workers(), LocalStore(job.out)).history
+    assert history[-1]["val_iou"] > 0.8
+
+
+def outside_decides(folder: Path, seed: int) -> tuple[Path, Path]:
+    """Raw is noise but for bright and dark bars far from each other; every label is the sign of the bar 40 voxels above it in z,
+    which no crop of 16 voxels around it shows."""
+    from tests.training.volumes import write_volume
+
+    rng = np.random.default_rng(seed)
+    shape, step, away = (144, 48, 48), 16, 40
+    signs = np.repeat(rng.integers(0, 2, shape[0] // step), step)
+    bars = np.where(signs == 1, 200, 40)[:, None, None] * np.ones(shape)
+    raw = np.full(shape, 120.0)
+    marked = np.arange(shape[0]) % (2 * step) < step  # every other slab shows its sign
+    raw[marked] = bars[marked]
+    labels = np.zeros(shape, np.uint8)
+    for z in range(shape[0] - away):
+        labels[z] = signs[z + away] if marked[z + away] else 255
+    labels[shape[0] - away:] = 255
+    hidden = ~marked
+    labels[~np.roll(hidden, 0)] = 255  # asked only where raw itself shows nothing
+    raw += 4 * rng.standard_normal(shape)
+    return (write_volume(folder / "raw.zarr", np.clip(raw, 0, 255).astype(np.uint8), (8.0,) * 3),
+            write_volume(folder / "labels.zarr", labels, (8.0,) * 3))
