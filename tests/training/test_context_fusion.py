@@ -24,7 +24,7 @@ from dinoray.vision.fusion_model import new_model
 from tests.runs import tiny_backbone
 from tests.training import group
 from tests.training.toys import assert_same_state, last_state, timeless
-from tests.training.volumes import build, fusion_job, make_pair
+from tests.training.volumes import build, fusion_job, make_pair, write_volume
 
 WITH_CONTEXT = {"inputs": "both", "fusion": "full", "model": "vitt16", "weights": "random", "context_factor": 2, "context_cells": 4}
 
@@ -102,23 +102,18 @@ def test_it_learns_what_raw_shows(tmp_path: Path) -> None:
 
 
 def outside_decides(folder: Path, seed: int) -> tuple[Path, Path]:
-    """Raw is noise but for bright and dark bars far from each other; every label is the sign of the bar 40 voxels above it in z,
-    which no crop of 16 voxels around it shows."""
-    from tests.training.volumes import write_volume
-
+    """Along x, slabs of 48 voxels without anything alternate with slabs of 48 that are bright or dark by blocks of 32 x 32 in z and
+    y. The label of a voxel in the middle 16 of an empty slab is whether the next slab is bright beside it: 16 voxels away at least,
+    so that no crop of 16 voxels that holds a label shows anything. All other voxels are not known."""
     rng = np.random.default_rng(seed)
-    shape, step, away = (144, 48, 48), 16, 40
-    signs = np.repeat(rng.integers(0, 2, shape[0] // step), step)
-    bars = np.where(signs == 1, 200, 40)[:, None, None] * np.ones(shape)
-    raw = np.full(shape, 120.0)
-    marked = np.arange(shape[0]) % (2 * step) < step  # every other slab shows its sign
-    raw[marked] = bars[marked]
-    labels = np.zeros(shape, np.uint8)
-    for z in range(shape[0] - away):
-        labels[z] = signs[z + away] if marked[z + away] else 255
-    labels[shape[0] - away:] = 255
-    hidden = ~marked
-    labels[~np.roll(hidden, 0)] = 255  # asked only where raw itself shows nothing
+    shape, slab = (96, 96, 96 * 4), 48
+    signs = rng.integers(0, 2, (3, 3, 4)).astype(bool)
+    bright = np.kron(signs, np.ones((32, 32, 1), bool))  # [z, y, slab]
+    raw, labels = np.full(shape, 120.0), np.full(shape, 255, np.uint8)
+    for k in range(4):
+        start = 2 * k * slab
+        raw[:, :, start + slab:start + 2 * slab] = np.where(bright[:, :, k], 200, 40)[:, :, None]
+        labels[:, :, start + 16:start + 32] = bright[:, :, k, None]
     raw += 4 * rng.standard_normal(shape)
     return (write_volume(folder / "raw.zarr", np.clip(raw, 0, 255).astype(np.uint8), (8.0,) * 3),
             write_volume(folder / "labels.zarr", labels, (8.0,) * 3))
