@@ -14,21 +14,18 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any
 
-from dinoray.config import TrainDistanceMapJob
+from dinoray.config import TrainDistanceMapJob, TrainingJob
 from dinoray.driver import Driver, refuse_if_held
-from dinoray.errors import BadRequest, OutputDamaged, Stopped
-from dinoray.io.annotations import LabelledImage
+from dinoray.errors import OutputDamaged, Stopped
 from dinoray.io.stores import Store, open_store
 from dinoray.request import KEY
 from dinoray.staging import staged, store_backbone
 from dinoray.train_request import check_training, identity_of, recorded_identity, settled
-from dinoray.training.labelled_sets import labelled_sets
+from dinoray.training.kinds import TrainingKind, kind_of
 from dinoray.training.listings import keep_listing
 from dinoray.training.spec import TrainingSpec, run_worker
 from dinoray.training.standing import CHECKPOINT, Watch, finished, read_progress
-from dinoray.training.survey import same_content, store_survey, stored_survey, survey_images
 from dinoray.units import fingerprint_of
-from dinoray.wording import plural
 
 
 @dataclass(frozen=True)
@@ -49,6 +46,12 @@ class TrainingOutcome:
 
 def train_distance_map(job: TrainDistanceMapJob, say: Callable[[str], None] = print, *, command: str = "",
                        leave: Callable[[str], None] | None = None) -> TrainingOutcome:
+    """A distance-map UNet of cells: see `train`."""
+    return train(job, say, command=command, leave=leave)
+
+
+def train(job: TrainingJob, say: Callable[[str], None] = print, *, command: str = "",
+          leave: Callable[[str], None] | None = None) -> TrainingOutcome:
     """Train to the end, or go on with a training. `say` gets the lines meant for the user.
 
     Raises BadRequest (nothing was run), ChangedRequest (the output is another training's), OutputHeld, SystemicError,
@@ -56,30 +59,26 @@ def train_distance_map(job: TrainDistanceMapJob, say: Callable[[str], None] = pr
     """
     import torch
 
-
-    job = settled(job, has_cuda=torch.cuda.is_available())
+    kind = kind_of(job)
+    job = kind.settled(settled(job, has_cuda=torch.cuda.is_available()))
     store = open_store(job.out)
-    train, validation = labelled_sets(job)
-    backbone, parameters = _probe(job)
-    if job.crop_px % backbone.config.patch_size:
-        size = backbone.config.patch_size
-        raise BadRequest(f"crop_px={job.crop_px} is not a multiple of the patch size {size}", where="crop_px",
-                         todo=f"use {max(size, job.crop_px // size * size)} or {(job.crop_px // size + 1) * size}")
-    identity = identity_of(job, backbone, train, validation)
-    inputs = identity["inputs"]
-    sets = {"train": train, "validation": validation}
+    sets = kind.sets(job)
+    backbone, parameters = kind.probe(job, sets)
+    inputs = {name: kind.digest(listed) for name, listed in sets.items()}
+    identity = identity_of(job, backbone, inputs)
     before = recorded_identity(store, identity, sets)
-    if before is not None and _same_pixels(job, store, sets, say):
+    if before is not None and kind.same_content(job, store, sets, say):
         identity = before
     fingerprint = fingerprint_of(identity)
     known = check_training(store, fingerprint, identity, sets)
-    say(f"dinoray {fingerprint}  {job.kind} over {backbone.config.name} from {backbone.source}, digest {backbone.digest[:12]}, "
-        f"{'frozen' if job.backbone_learning_rate is None else 'trained too'}; {parameters / 1e6:.2f} M parameters learn, "
+    over = "" if backbone is None else (f" over {backbone.config.name} from {backbone.source}, digest {backbone.digest[:12]}, "
+                                        f"{'frozen' if job.backbone_learning_rate is None else 'trained too'}")
+    say(f"dinoray {fingerprint}  {job.kind}{over}; {parameters / 1e6:.2f} M parameters learn, "
         f"{job.precision} on {job.device}  output {job.out}  resume with: {command or 'the same command'}")
     refuse_if_held(store, job.takeover)
     if finished(store, fingerprint):
-        return _told(store, fingerprint, say)
-    for note in _notes(job):
+        return _told(kind, store, fingerprint, say)
+    for note in _notes(job) + kind.notes(job, sets):
         say(note)
     driver = Driver(store, command, say, takeover=job.takeover)
     driver.leave, driver.drained_note = leave, "before a step was begun"
@@ -89,13 +88,15 @@ def train_distance_map(job: TrainDistanceMapJob, say: Callable[[str], None] = pr
             record = {"fingerprint": fingerprint, "identity": identity, "command": command, "kind": f"train {job.kind}",
                       "job": job.model_dump(mode="json"), "libraries": {n: version(n) for n in ("torch", "numpy", "scipy")}}
             store.put(KEY, json.dumps(record, indent=1, sort_keys=True).encode())
-        for name, images in sets.items():
-            keep_listing(store, name, images)
-        _survey(job, store, sets, say, driver)
-        weights = job.weights if (job.weights or "").startswith("random") else staged(
-            job.staging or job.out, backbone.digest, partial(store_backbone, backbone))
-        spec = TrainingSpec(job.kind, job.out, fingerprint, job.model_dump(mode="json"), weights or "", backbone.digest,
-                            inputs, driver.token)
+        for name, listed in sets.items():
+            keep_listing(store, name, listed)
+        kind.survey(job, store, sets, say, driver.check)
+        weights, digest = job.weights, ""
+        if backbone is not None:
+            digest = backbone.digest
+            if not (job.weights or "").startswith("random"):
+                weights = staged(job.staging or job.out, digest, partial(store_backbone, backbone))
+        spec = TrainingSpec(job.kind, job.out, fingerprint, job.model_dump(mode="json"), weights or "", digest, inputs, driver.token)
         backbone = None
         with Watch(store, driver.token, say) as watch:
             if job.no_ray:
@@ -111,18 +112,10 @@ def train_distance_map(job: TrainDistanceMapJob, say: Callable[[str], None] = pr
         if not finished(store, fingerprint):
             raise OutputDamaged("the training ended without a checkpoint", where=f"{store.url}/{CHECKPOINT}",
                                 todo="run the same command again")
-    return _told(store, fingerprint, say)
+    return _told(kind, store, fingerprint, say)
 
 
-def _probe(job: TrainDistanceMapJob) -> tuple[Any, int]:
-    """(the backbone, on the CPU; the number of parameters that learn). Raises WeightsError, BadRequest."""
-    from dinoray.training.distance_worker import build_model
-
-    model = build_model(job, TrainingSpec(job.kind, job.out, "", weights=job.weights or ""))
-    return model.backbone, sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def _notes(job: TrainDistanceMapJob) -> list[str]:
+def _notes(job: TrainingJob) -> list[str]:
     """What is allowed and hardly meant."""
     workers = 1 if job.no_ray else int(job.workers.split(",")[-1])
     parts = -(-job.batch_size // job.micro_batch)
@@ -133,45 +126,17 @@ def _notes(job: TrainDistanceMapJob) -> list[str]:
     return []
 
 
-def _survey(job: TrainDistanceMapJob, store: Store, sets: dict[str, list[LabelledImage]], say: Callable[[str], None],
-            driver: Driver) -> None:
-    """Look at what has not been looked at yet."""
-    from dinoray.training.distance_worker import new_pool
-
-    for name, images in sets.items():
-        if stored_survey(store, name) is None:
-            say(f"looking at {plural(len(images), 'labelled image')} for {name}")
-            store_survey(store, name, survey_images(images, new_pool(job, images), threads=job.data_threads, say=say, name=name,
-                                                    pixel_size_needed=job.pixel_size_um is not None, check=driver.check))
-
-
-def _same_pixels(job: TrainDistanceMapJob, store: Store, sets: dict[str, list[LabelledImage]], say: Callable[[str], None]) -> bool:
-    """Whether files that were moved, copied or touched hold what the training was begun on: every image is read."""
-    from dinoray.training.distance_worker import new_pool
-
-    for name, images in sets.items():
-        before = stored_survey(store, name)
-        if before is None:
-            return False
-        say(f"files of {name} were written anew or lie elsewhere: looking whether {plural(len(images), 'labelled image')} "
-            "hold what they held")
-        if not same_content(before, survey_images(images, new_pool(job, images), threads=job.data_threads, say=say, name=name,
-                                                  pixel_size_needed=job.pixel_size_um is not None)):
-            return False
-    return True
-
-
-def _told(store: Store, fingerprint: str, say: Callable[[str], None]) -> TrainingOutcome:
+def _told(kind: TrainingKind, store: Store, fingerprint: str, say: Callable[[str], None]) -> TrainingOutcome:
     """The last lines of a training that is complete."""
     checkpoint, progress = f"{store.url}/{CHECKPOINT}", read_progress(store)
     config = json.loads(store.get(f"{CHECKPOINT}/config.json"))
     figures = ", ".join(f"{k.removeprefix('validation_').replace('_', ' ')} {v:.3f}" for k, v in config["metrics"].items()
                         if isinstance(v, float))
     out = shlex.quote(store.url)
-    if not config["metrics"]["validation_ap50_image_mean"]:
-        say("not one cell of the validation images was found: train for longer, and look at the pictures in the report")
+    for line in kind.closing(config):
+        say(line)
     say(f"look at it: dinoray report {out}  or: tensorboard --logdir {out}")
     say(f"dinoray {fingerprint}  complete: {progress['step']} steps ({progress['ended']}), best at {progress['best_step']}, "
         f"on validation {figures}  checkpoint {checkpoint}, digest {config['weights_digest'][:12]}  "
-        f"use it: dinoray segment cells SRC --checkpoint {shlex.quote(checkpoint)} --out OUT")
+        f"use it: {kind.usage(shlex.quote(checkpoint))}")
     return TrainingOutcome(store.url, fingerprint, checkpoint, progress)

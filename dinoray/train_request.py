@@ -5,32 +5,26 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from dinoray.config import TrainDistanceMapJob, canonical_json
+from dinoray.config import TrainingJob, canonical_json
 from dinoray.errors import BadRequest, ChangedRequest, OutputDamaged
-from dinoray.io.annotations import LabelledImage
-from dinoray.io.annotations import digest as listing_digest
 from dinoray.io.stores import Store, is_local, local_path
 from dinoray.request import KEY, differences
+from dinoray.training.kinds import Listed
 from dinoray.training.listings import listing_changes, listing_of, stored_listing
 from dinoray.vision.backbone import Backbone
 
+Job = TypeVar("Job", bound=TrainingJob)
 FORMAT = 1
 """Version of the rules of a training; a new one cannot resume an old output."""
 _OTHERS = ("_dinoray/tmp/", "_dinoray/driver.json", "_dinoray/stop.json")
 """What may lie in a folder that is otherwise empty."""
 
 
-def settled(job: TrainDistanceMapJob, *, has_cuda: bool) -> TrainDistanceMapJob:
+def settled(job: Job, *, has_cuda: bool) -> Job:
     """The job with every `auto` decided and local paths absolute. Raises BadRequest for what cannot be trained."""
-    if job.model is None and job.weights is None:
-        raise BadRequest("no model was named", where="model", todo="say e.g. model: vits16 (official weights), or with "
-                         "`weights: random` and a backbone_learning_rate to train from scratch")
     weights = f"{job.weights}:0" if job.weights == "random" else job.weights
-    if (weights or "").startswith("random") and job.backbone_learning_rate is None:
-        raise BadRequest("a frozen backbone with random weights sees nothing", where="weights",
-                         todo="give backbone_learning_rate to train it from scratch, or real weights")
     device = job.device if job.device != "auto" else ("cuda" if has_cuda else "cpu")
     if device == "cuda" and not has_cuda and job.no_ray:
         raise BadRequest("there is no CUDA device here", where="device", todo="use device=cpu")
@@ -38,39 +32,31 @@ def settled(job: TrainDistanceMapJob, *, has_cuda: bool) -> TrainDistanceMapJob:
     return absolute_paths(job.model_copy(update={"weights": weights, "device": device, "precision": precision}))
 
 
-def absolute_paths(job: TrainDistanceMapJob) -> TrainDistanceMapJob:
+def absolute_paths(job: Job) -> Job:
     """The job with absolute local paths, so that workers and a resumed run mean the same files."""
-    def sources(given):
-        changed = []
-        for source in given:
-            update = {name: str(local_path(url)) for name in ("images", "labels")
-                      if (url := getattr(source, name)) is not None and is_local(url)}
-            if isinstance(source.ids, str) and is_local(source.ids):
-                file, _, key = source.ids.partition("#")
-                update["ids"] = f"{local_path(file)}#{key}"
-            changed.append(source.model_copy(update=update))
-        return tuple(changed)
+    def absolute(url: str) -> str:
+        file, mark, key = url.partition("#")
+        return f"{local_path(file)}{mark}{key}" if is_local(url) else url
 
     out = str(local_path(job.out)) if is_local(job.out) else job.out.rstrip("/")
     weights = job.weights
     if weights and is_local(weights) and Path(weights).expanduser().exists():
         weights = str(local_path(weights))
     staging = str(local_path(job.staging)) if job.staging and is_local(job.staging) else job.staging
-    return job.model_copy(update={"out": out, "weights": weights, "staging": staging, "train": sources(job.train),
-                                  "validation": sources(job.validation)})
+    return job.model_copy(update={"out": out, "weights": weights, "staging": staging}).with_paths(absolute)
 
 
-def identity_of(job: TrainDistanceMapJob, backbone: Backbone, train: list[LabelledImage],
-                validation: list[LabelledImage]) -> dict[str, Any]:
-    """All that changes what is learned: settings, weights by digest, inputs by the digest of their listing."""
-    settings = {k: v for k, v in job.result_settings().items() if k not in ("model", "train", "validation")}
-    sources = [source.model_dump(mode="json", exclude={"images", "labels", "ids"}) for source in (*job.train, *job.validation)]
-    return {"format": FORMAT, "kind": job.kind, "settings": settings, "sources": sources, "model": backbone.config.name,
-            "weights_digest": backbone.digest,
-            "inputs": {"train": listing_digest(train), "validation": listing_digest(validation)}}
+def identity_of(job: TrainingJob, backbone: Backbone | None, inputs: Mapping[str, str]) -> dict[str, Any]:
+    """All that changes what is learned: settings, weights by digest, inputs by the digests of their listings."""
+    settings = {k: v for k, v in job.result_settings().items() if k not in ("model", *job.source_fields)}
+    sources = [source.model_dump(mode="json", exclude=set(source.path_fields))
+               for name in job.source_fields for source in getattr(job, name)]
+    return {"format": FORMAT, "kind": job.kind, "settings": settings, "sources": sources,
+            "model": None if backbone is None else backbone.config.name,
+            "weights_digest": None if backbone is None else backbone.digest, "inputs": dict(inputs)}
 
 
-def recorded_identity(store: Store, identity: dict[str, Any], sets: Mapping[str, Sequence[LabelledImage]]) -> dict[str, Any] | None:
+def recorded_identity(store: Store, identity: dict[str, Any], sets: Mapping[str, Sequence[Listed]]) -> dict[str, Any] | None:
     """The identity that the output was begun with, where nothing differs from `identity` but the places and versions of
     files, the images and their sizes being the same; else None."""
     try:
@@ -88,7 +74,7 @@ def recorded_identity(store: Store, identity: dict[str, Any], sets: Mapping[str,
 
 
 def check_training(store: Store, fingerprint: str, identity: dict[str, Any],
-                   sets: Mapping[str, Sequence[LabelledImage]]) -> bool:
+                   sets: Mapping[str, Sequence[Listed]]) -> bool:
     """Whether the output is this training's already. `sets`: the images behind `identity["inputs"]`, to name those that
     differ. Raises BadRequest, ChangedRequest when it is something else's,
     OutputDamaged when its record cannot be read."""
@@ -114,7 +100,7 @@ def check_training(store: Store, fingerprint: str, identity: dict[str, Any],
     return True
 
 
-def _with_names(store: Store, line: str, sets: Mapping[str, Sequence[LabelledImage]]) -> str:
+def _with_names(store: Store, line: str, sets: Mapping[str, Sequence[Listed]]) -> str:
     """A line of `differences`; where it is about images and theirs were kept, with their names in place of digests."""
     for name, images in sets.items():
         if line.startswith(f"inputs.{name}: ") and (kept := stored_listing(store, name)) is not None:

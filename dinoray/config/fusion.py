@@ -138,6 +138,3 @@ class TrainContextFusionJob(TrainingJob):
     def crop_shape(self) -> tuple[int, int, int]:
         """z, y, x."""
         return self.crop_voxels * 3 if len(self.crop_voxels) == 1 else self.crop_voxels  # type: ignore[return-value]
-
-    def input_urls(self) -> tuple[str, ...]:
-        return tuple(url for v in (*self.train, *self.validation) for url in (v.raw, v.labels, v.tokens or "", v.context_tokens or ""))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -13,6 +13,7 @@ class LabelledSource(BaseModel):
     """One source of labelled images; a job takes several, mixed by their weights. Layouts: docs/training-data.md."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    path_fields: ClassVar[tuple[str, ...]] = ("images", "labels", "ids")
 
     images: str
     """Folder, glob or fsspec URL of the images, or the root of a COCO, CTC or DSB data set."""
@@ -53,3 +54,7 @@ class LabelledSource(BaseModel):
             if secret:
                 raise ValueError(f"a URL holds {secret}: give credentials through the environment instead")
         return self
+
+    def paths(self) -> dict[str, str]:
+        """Field -> path or URL, of those that are given as one."""
+        return {name: value for name in self.path_fields if isinstance(value := getattr(self, name), str)}

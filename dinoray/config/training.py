@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -24,6 +25,8 @@ class TrainingJob(BaseModel):
     kind: ClassVar[str]
     command: ClassVar[str]
     help_hint: ClassVar[str] = "docs/training.md explains each field"
+    source_fields: ClassVar[tuple[str, ...]] = ("train", "validation")
+    """Fields that say what is trained on; what they hold has `path_fields` and `paths()`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -110,7 +113,13 @@ class TrainingJob(BaseModel):
 
     def input_urls(self) -> tuple[str, ...]:
         """Paths and URLs of all that is trained on."""
-        return ()
+        return tuple(url for name in self.source_fields for source in getattr(self, name) for url in source.paths().values())
+
+    def with_paths(self, change: Callable[[str], str]) -> Self:
+        """The job with all that is trained on at the places that `change` gives."""
+        return self.model_copy(update={name: tuple(
+            source.model_copy(update={field: change(url) for field, url in source.paths().items()})
+            for source in getattr(self, name)) for name in self.source_fields})
 
     def result_settings(self) -> dict[str, Any]:
         """The settings that change what is learned, as plain JSON values."""
@@ -169,6 +178,3 @@ class TrainDistanceMapJob(TrainingJob):
         if self.pixel_size_um is not None and self.diameter_px is not None:
             raise ValueError("give pixel_size_um or diameter_px, not both: each fixes the scale of the training images")
         return self
-
-    def input_urls(self) -> tuple[str, ...]:
-        return tuple(url for source in (*self.train, *self.validation) for url in (source.images, source.labels or ""))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -26,6 +26,7 @@ class LabelledVolume(BaseModel):
     voxels are mirrored and masked, so two regions that do not touch share no voxel."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    path_fields: ClassVar[tuple[str, ...]] = ("raw", "labels", "tokens", "context_tokens")
 
     raw: str
     """OME-Zarr, Zarr, N5, HDF5, a TIFF stack or a folder (or glob) of slices; local or `s3://`."""
@@ -83,3 +84,7 @@ class LabelledVolume(BaseModel):
     def box(self) -> tuple[tuple[int, int], ...] | None:
         """`region` as ((z0, z1), (y0, y1), (x0, x1)). Raises ValueError."""
         return None if self.region is None else box_of(self.region, "region")
+
+    def paths(self) -> dict[str, str]:
+        """Field -> path or URL, of those that are given."""
+        return {name: value for name in self.path_fields if (value := getattr(self, name)) is not None}
