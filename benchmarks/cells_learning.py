@@ -44,7 +44,7 @@ from dinoray.training.labelled_sets import labelled_sets
 from dinoray.training.loop import fit, load_trained
 from dinoray.training.parameters import parameter_groups
 from dinoray.training.spec import TrainingSpec
-from dinoray.training.states import load_state
+from dinoray.training.states import load_last
 from dinoray.training.steps import Stepper
 from dinoray.training.workers import Workers
 from dinoray.vision.blending import Blend
@@ -156,7 +156,7 @@ class Bench:
 
     def trained(self, name: str, folder: str) -> torch.nn.Module:
         """A network with the running mean of its weights at the last state of a folder."""
-        state = load_state(open_store(str(self.out / folder)), "last", self.device)
+        state = load_last(open_store(str(self.out / folder)), self.device)
         model = self.models()[name].to(self.device)
         load_trained(model, state["model"], folder)
         if state["mean"]:

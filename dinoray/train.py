@@ -21,12 +21,12 @@ from dinoray.io.annotations import LabelledImage
 from dinoray.io.stores import Store, open_store
 from dinoray.request import KEY
 from dinoray.staging import staged, store_backbone
-from dinoray.train_request import check_training, identity_of, recorded_identity, settled
+from dinoray.train_request import check_training, forget, identity_of, recorded_device, recorded_identity, settled
 from dinoray.training.labelled_sets import labelled_sets
 from dinoray.training.listings import keep_listing
 from dinoray.training.spec import TrainingSpec, run_worker
 from dinoray.training.standing import CHECKPOINT, Watch, finished, read_progress
-from dinoray.training.survey import same_content, store_survey, stored_survey, survey_images
+from dinoray.training.survey import check_zooms, same_content, store_survey, stored_survey, survey_images
 from dinoray.units import fingerprint_of
 from dinoray.wording import plural
 
@@ -57,8 +57,8 @@ def train_distance_map(job: TrainDistanceMapJob, say: Callable[[str], None] = pr
     import torch
 
 
-    job = settled(job, has_cuda=torch.cuda.is_available())
     store = open_store(job.out)
+    job = settled(job, has_cuda=torch.cuda.is_available(), recorded=recorded_device(store))
     train, validation = labelled_sets(job)
     backbone, parameters = _probe(job)
     if job.crop_px % backbone.config.patch_size:
@@ -79,6 +79,7 @@ def train_distance_map(job: TrainDistanceMapJob, say: Callable[[str], None] = pr
     refuse_if_held(store, job.takeover)
     if finished(store, fingerprint):
         return _told(store, fingerprint, say)
+    _refuse_idle_statistics(job)
     for note in _notes(job):
         say(note)
     driver = Driver(store, command, say, takeover=job.takeover)
@@ -86,6 +87,8 @@ def train_distance_map(job: TrainDistanceMapJob, say: Callable[[str], None] = pr
     driver.drain_note = "a state is saved, then the training ends"
     with driver:
         if not known:
+            if forget(store):
+                say("what was begun here before, and ended before its first state, is replaced")
             record = {"fingerprint": fingerprint, "identity": identity, "command": command, "kind": f"train {job.kind}",
                       "job": job.model_dump(mode="json"), "libraries": {n: version(n) for n in ("torch", "numpy", "scipy")}}
             store.put(KEY, json.dumps(record, indent=1, sort_keys=True).encode())
@@ -103,7 +106,8 @@ def train_distance_map(job: TrainDistanceMapJob, say: Callable[[str], None] = pr
             else:
                 from dinoray.cluster.trainer import run_workers
 
-                run_workers(spec, say, check=driver.check_lost, begun=lambda: watch.begun)
+                # until workers are at work, nobody but the driver sees a wish to stop
+                run_workers(spec, say, check=lambda: driver.check_lost() if watch.begun else driver.check(), begun=lambda: watch.begun)
         progress = read_progress(store)
         if not progress.get("ended"):
             raise Stopped(f"training stopped at step {progress.get('step', 0)} of {job.steps}; a state is saved", where=job.out,
@@ -122,10 +126,21 @@ def _probe(job: TrainDistanceMapJob) -> tuple[Any, int]:
     return model.backbone, sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+def _refuse_idle_statistics(job: TrainDistanceMapJob) -> None:
+    """Raise BadRequest for batch norms on workers that never see a sample: their statistics would be averaged in."""
+    workers, parts = 1 if job.no_ray else int(job.workers.split(",")[-1]), -(-job.batch_size // job.micro_batch)
+    if job.norm == "batch" and workers > parts:
+        raise BadRequest(f"norm=batch needs samples on every worker, and {workers} workers share {plural(parts, 'micro-batch')} of a "
+                         "step", where="workers", todo="use norm=layer, fewer workers, or a smaller micro_batch")
+
+
 def _notes(job: TrainDistanceMapJob) -> list[str]:
     """What is allowed and hardly meant."""
     workers = 1 if job.no_ray else int(job.workers.split(",")[-1])
     parts = -(-job.batch_size // job.micro_batch)
+    if workers > job.batch_size:
+        return [f"a batch of {plural(job.batch_size, 'sample')} has no work for {workers} workers: "
+                f"{workers - min(parts, job.batch_size)} of them will idle"]
     if workers > parts:
         noun = "micro-batch" if parts == 1 else "micro-batches"
         return [f"{workers} workers share {parts} {noun} of a step, so {workers - parts} of them will idle: a "
@@ -141,8 +156,10 @@ def _survey(job: TrainDistanceMapJob, store: Store, sets: dict[str, list[Labelle
     for name, images in sets.items():
         if stored_survey(store, name) is None:
             say(f"looking at {plural(len(images), 'labelled image')} for {name}")
-            store_survey(store, name, survey_images(images, new_pool(job, images), threads=job.data_threads, say=say, name=name,
-                                                    pixel_size_needed=job.pixel_size_um is not None, check=driver.check))
+            found = survey_images(images, new_pool(job, images), threads=job.data_threads, say=say, name=name,
+                                  pixel_size_needed=job.pixel_size_um is not None, check=driver.check)
+            check_zooms(found, name, pixel_size_um=job.pixel_size_um, diameter_px=job.diameter_px)
+            store_survey(store, name, found)
 
 
 def _same_pixels(job: TrainDistanceMapJob, store: Store, sets: dict[str, list[LabelledImage]], say: Callable[[str], None]) -> bool:
