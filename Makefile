@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+LANES = -n 2 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: install demo test test-all lint benchmarks soak clean
 
@@ -17,10 +18,10 @@ demo: install
 	$(BIN)/dinoray demo --out demo_out
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(LANES)
 
 test-all: install
-	$(BIN)/python -m pytest -m ''
+	$(BIN)/python -m pytest $(LANES) -m ''
 
 lint: install
 	$(BIN)/ruff check .

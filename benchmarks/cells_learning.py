@@ -35,7 +35,8 @@ from dinoray.errors import Stopped
 from dinoray.io.annotations import list_labelled
 from dinoray.io.stores import open_store
 from dinoray.memory.meter import available_cores
-from dinoray.train import absolute_paths, train_distance_map
+from dinoray.train import train_distance_map
+from dinoray.train_request import absolute_paths
 from dinoray.training.distance_map import DistanceMapTask, Images
 from dinoray.training.distance_worker import build_model, new_pool
 from dinoray.training.image_pool import ImagePool
@@ -43,7 +44,7 @@ from dinoray.training.labelled_sets import labelled_sets
 from dinoray.training.loop import fit, load_trained
 from dinoray.training.parameters import parameter_groups
 from dinoray.training.spec import TrainingSpec
-from dinoray.training.states import load_state
+from dinoray.training.states import load_last
 from dinoray.training.steps import Stepper
 from dinoray.training.workers import Workers
 from dinoray.vision.blending import Blend
@@ -54,7 +55,7 @@ from dinoray.vision.thresholds import search
 
 ROOT = Path(__file__).parent.parent
 SPLITS = ROOT / "tests/splits.json"
-METRICS = ["AP@0.5", "AP@0.75", "mAP", "SEG", "DET", "OP_CSB"]
+METRICS = ["AP@0.5", "AP@0.75", "AP@0.5:0.95", "SEG", "DET", "OP_CSB"]
 PEAKS = [round(0.25 + 0.05 * i, 2) for i in range(12)]
 FILLS = [round(0.03 + 0.02 * i, 2) for i in range(10)]
 
@@ -155,7 +156,7 @@ class Bench:
 
     def trained(self, name: str, folder: str) -> torch.nn.Module:
         """A network with the running mean of its weights at the last state of a folder."""
-        state = load_state(open_store(str(self.out / folder)), "last", self.device)
+        state = load_last(open_store(str(self.out / folder)), self.device)
         model = self.models()[name].to(self.device)
         load_trained(model, state["model"], folder)
         if state["mean"]:
@@ -193,12 +194,12 @@ class Bench:
                 return [otsu_watershed(_planes(pool, i), *best) for i in range(len(pool))]
         else:
             model = self.trained(name.split("_")[0], folder)
-            found = search(self.maps(name, model, "validation", validation), truths, score=_counts, peaks=PEAKS, fills=FILLS,
+            best_pair = search(self.maps(name, model, "validation", validation), truths, score=_counts, peaks=PEAKS, fills=FILLS,
                            threads=available_cores()).best
-            chosen = {"peak": found.peak, "fill": found.fill, "validation_ap50": found.image_mean}
+            chosen = {"peak": best_pair.peak, "fill": best_pair.fill, "validation_ap50": best_pair.image_mean}
 
             def labels(which: str, pool: ImagePool) -> list[np.ndarray]:
-                return [instances(m, peak=found.peak, fill=found.fill) for m in self.maps(name, model, which, pool)]
+                return [instances(m, peak=best_pair.peak, fill=best_pair.fill) for m in self.maps(name, model, which, pool)]
         scores = {}
         for which, pool in (("test", self.test), ("phase", self.phase)):
             predicted = labels(which, pool)
@@ -261,7 +262,7 @@ def _line(name: str, scores: list[ImageScore]) -> list[str]:
         return f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]"
 
     return [name, str(found.images), shown("AP@0.5", "image_mean"), shown("AP@0.5", "pooled"), shown("AP@0.75", "image_mean"),
-            shown("mAP", "image_mean"), shown("SEG", "pooled"), shown("DET", "pooled"), shown("OP_CSB", "pooled")]
+            shown("AP@0.5:0.95", "image_mean"), shown("SEG", "pooled"), shown("DET", "pooled"), shown("OP_CSB", "pooled")]
 
 
 HEADER = ["model", "images", "AP50 image-mean", "AP50 pooled", "AP75 image-mean", "AP50:95 image-mean", "SEG", "DET", "OP_CSB"]

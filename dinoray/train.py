@@ -16,16 +16,17 @@ from typing import Any
 
 from dinoray.config import TrainDistanceMapJob, TrainingJob
 from dinoray.driver import Driver, refuse_if_held
-from dinoray.errors import OutputDamaged, Stopped
+from dinoray.errors import BadRequest, OutputDamaged, Stopped
 from dinoray.io.stores import Store, open_store
 from dinoray.request import KEY
 from dinoray.staging import staged, store_backbone
-from dinoray.train_request import check_training, identity_of, recorded_identity, settled
+from dinoray.train_request import check_training, forget, identity_of, recorded_device, recorded_identity, settled
 from dinoray.training.kinds import TrainingKind, kind_of
 from dinoray.training.listings import keep_listing
 from dinoray.training.spec import TrainingSpec, run_worker
 from dinoray.training.standing import CHECKPOINT, Watch, finished, read_progress
 from dinoray.units import fingerprint_of
+from dinoray.wording import plural
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ def train(job: TrainingJob, say: Callable[[str], None] = print, *, command: str 
     import torch
 
     kind = kind_of(job)
-    job = kind.settled(settled(job, has_cuda=torch.cuda.is_available()))
     store = open_store(job.out)
+    job = kind.settled(settled(job, has_cuda=torch.cuda.is_available(), recorded=recorded_device(store)))
     sets = kind.sets(job)
     backbone, parameters = kind.probe(job, sets)
     inputs = {name: kind.digest(listed) for name, listed in sets.items()}
@@ -78,6 +79,7 @@ def train(job: TrainingJob, say: Callable[[str], None] = print, *, command: str 
     refuse_if_held(store, job.takeover)
     if finished(store, fingerprint):
         return _told(kind, store, fingerprint, say)
+    _refuse_idle_statistics(job)
     for note in _notes(job) + kind.notes(job, sets):
         say(note)
     driver = Driver(store, command, say, takeover=job.takeover)
@@ -85,6 +87,8 @@ def train(job: TrainingJob, say: Callable[[str], None] = print, *, command: str 
     driver.drain_note = "a state is saved, then the training ends"
     with driver:
         if not known:
+            if forget(store):
+                say("what was begun here before, and ended before its first state, is replaced")
             record = {"fingerprint": fingerprint, "identity": identity, "command": command, "kind": f"train {job.kind}",
                       "job": job.model_dump(mode="json"), "libraries": {n: version(n) for n in ("torch", "numpy", "scipy")}}
             store.put(KEY, json.dumps(record, indent=1, sort_keys=True).encode())
@@ -104,7 +108,8 @@ def train(job: TrainingJob, say: Callable[[str], None] = print, *, command: str 
             else:
                 from dinoray.cluster.trainer import run_workers
 
-                run_workers(spec, say, check=driver.check_lost, begun=lambda: watch.begun)
+                # until workers are at work, nobody but the driver sees a wish to stop
+                run_workers(spec, say, check=lambda: driver.check_lost() if watch.begun else driver.check(), begun=lambda: watch.begun)
         progress = read_progress(store)
         if not progress.get("ended"):
             raise Stopped(f"training stopped at step {progress.get('step', 0)} of {job.steps}; a state is saved", where=job.out,
@@ -115,10 +120,21 @@ def train(job: TrainingJob, say: Callable[[str], None] = print, *, command: str 
     return _told(kind, store, fingerprint, say)
 
 
+def _refuse_idle_statistics(job: TrainingJob) -> None:
+    """Raise BadRequest for batch norms on workers that never see a sample: their statistics would be averaged in."""
+    workers, parts = 1 if job.no_ray else int(job.workers.split(",")[-1]), -(-job.batch_size // job.micro_batch)
+    if getattr(job, "norm", "") == "batch" and workers > parts:
+        raise BadRequest(f"norm=batch needs samples on every worker, and {workers} workers share {plural(parts, 'micro-batch')} of a "
+                         "step", where="workers", todo="use norm=layer, fewer workers, or a smaller micro_batch")
+
+
 def _notes(job: TrainingJob) -> list[str]:
     """What is allowed and hardly meant."""
     workers = 1 if job.no_ray else int(job.workers.split(",")[-1])
     parts = -(-job.batch_size // job.micro_batch)
+    if workers > job.batch_size:
+        return [f"a batch of {plural(job.batch_size, 'sample')} has no work for {workers} workers: "
+                f"{workers - min(parts, job.batch_size)} of them will idle"]
     if workers > parts:
         noun = "micro-batch" if parts == 1 else "micro-batches"
         return [f"{workers} workers share {parts} {noun} of a step, so {workers - parts} of them will idle: a "

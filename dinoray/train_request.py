@@ -13,21 +13,35 @@ from dinoray.io.stores import Store, is_local, local_path
 from dinoray.request import KEY, differences
 from dinoray.training.kinds import Listed
 from dinoray.training.listings import listing_changes, listing_of, stored_listing
+from dinoray.training.states import POINTER
 from dinoray.vision.backbone import Backbone
 
 Job = TypeVar("Job", bound=TrainingJob)
 FORMAT = 1
 """Version of the rules of a training; a new one cannot resume an old output."""
+_BEFORE_A_STATE = ("_dinoray/inputs-", "_dinoray/survey-", "_dinoray/progress.json", "_dinoray/failure.json",
+                   "_dinoray/states/", "tensorboard/", "history.json")
+"""What a training writes before its first state."""
 _OTHERS = ("_dinoray/tmp/", "_dinoray/driver.json", "_dinoray/stop.json")
 """What may lie in a folder that is otherwise empty."""
 
 
-def settled(job: Job, *, has_cuda: bool) -> Job:
-    """The job with every `auto` decided and local paths absolute. Raises BadRequest for what cannot be trained."""
+def recorded_device(store: Store) -> str | None:
+    """The device that the output's training was begun on: `auto` is decided once."""
+    try:
+        return json.loads(store.get(KEY))["job"]["device"] if store.exists(POINTER) else None
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return None  # `check_training` says what is wrong with it
+
+
+def settled(job: Job, *, has_cuda: bool, recorded: str | None = None) -> Job:
+    """The job with every `auto` decided (`recorded`: the device decided on before) and local paths absolute. Raises BadRequest for
+    what cannot be trained."""
     weights = f"{job.weights}:0" if job.weights == "random" else job.weights
-    device = job.device if job.device != "auto" else ("cuda" if has_cuda else "cpu")
+    device = job.device if job.device != "auto" else recorded or ("cuda" if has_cuda else "cpu")
     if device == "cuda" and not has_cuda and job.no_ray:
-        raise BadRequest("there is no CUDA device here", where="device", todo="use device=cpu")
+        raise BadRequest("there is no CUDA device here" + (", and the training was begun on one" if recorded else ""), where="device",
+                         todo="go on where there is one" if recorded else "use device=cpu")
     precision = job.precision if job.precision != "auto" else ("bfloat16" if device == "cuda" else "float32")
     return absolute_paths(job.model_copy(update={"weights": weights, "device": device, "precision": precision}))
 
@@ -76,8 +90,9 @@ def recorded_identity(store: Store, identity: dict[str, Any], sets: Mapping[str,
 def check_training(store: Store, fingerprint: str, identity: dict[str, Any],
                    sets: Mapping[str, Sequence[Listed]]) -> bool:
     """Whether the output is this training's already. `sets`: the images behind `identity["inputs"]`, to name those that
-    differ. Raises BadRequest, ChangedRequest when it is something else's,
-    OutputDamaged when its record cannot be read."""
+    differ. Another training's that ended before its first state (refused images, say) can be replaced: then it is not.
+
+    Raises BadRequest, ChangedRequest when it is something else's, OutputDamaged when its record cannot be read."""
     try:
         record = json.loads(store.get(KEY))
         before, then = record["fingerprint"], record.get("identity", {})
@@ -93,11 +108,19 @@ def check_training(store: Store, fingerprint: str, identity: dict[str, Any],
     except (ValueError, KeyError, TypeError) as error:
         raise OutputDamaged(f"the record of the job cannot be read: {error!r}", where=f"{store.url}/{KEY}",
                             todo="restore it from a copy, or use another out") from error
-    if before != fingerprint:
+    if before != fingerprint and store.exists(POINTER):
         changes = [_with_names(store, line, sets) for line in differences(then, json.loads(canonical_json(identity)))]
         raise ChangedRequest("this output was made with other settings or data:\n  " + "\n  ".join(changes[:20]), where=store.url,
                              todo="use another out, or the same settings to resume")
-    return True
+    return before == fingerprint
+
+
+def forget(store: Store) -> bool:
+    """Drop what a training left that ended before its first state; whether there was any. Nothing that was learned is lost."""
+    left = [key for key, _ in store.list() if key.startswith(_BEFORE_A_STATE)]
+    for key in left:
+        store.delete(key)
+    return bool(left)
 
 
 def _with_names(store: Store, line: str, sets: Mapping[str, Sequence[Listed]]) -> str:

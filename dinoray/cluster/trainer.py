@@ -77,7 +77,8 @@ def _wait(trainer: TorchTrainer, spec: TrainingSpec, shape: WorkerShape, say: Ca
         if not told and time.monotonic() > deadline:
             told = True
             if not begun():
-                say(f"waiting for {shape} (dinoray doctor cluster shows the nodes)")
+                say(f"no step yet: waiting for {shape} (dinoray doctor cluster shows the nodes), or for them to look at their "
+                    "images and weights")
     error = ended[0]
     if error is None:
         return
@@ -86,6 +87,9 @@ def _wait(trainer: TorchTrainer, spec: TrainingSpec, shape: WorkerShape, say: Ca
     cause = _cause(error)
     if isinstance(cause, DinorayError) and _is_hopeless(cause):
         raise cause from error
+    if not getattr(error, "worker_failures", None):
+        raise SystemicError(f"Ray Train could not run the workers: {_in_short(cause)}", where=spec.out,
+                            todo="dinoray doctor cluster looks for the cause; the same command again resumes") from error
     times = spec.job["max_restarts"] + 1
     raise SystemicError(f"the workers failed {'once' if times == 1 else f'{times} times'}, the last time with: {_in_short(cause)}",
                         where=getattr(cause, "where", "") or spec.out,

@@ -13,7 +13,7 @@ from dinoray.training.distance_worker import build_model, new_pool
 from dinoray.training.kinds import Say, Sets
 from dinoray.training.labelled_sets import labelled_sets
 from dinoray.training.spec import TrainingSpec
-from dinoray.training.survey import same_content, store_survey, stored_survey, survey_images
+from dinoray.training.survey import check_zooms, same_content, store_survey, stored_survey, survey_images
 from dinoray.vision.backbone import Backbone
 from dinoray.wording import plural
 
@@ -51,9 +51,10 @@ class DistanceMapKind:
         for name, images in sets.items():
             if stored_survey(store, name) is None:
                 say(f"looking at {plural(len(images), 'labelled image')} for {name}")
-                store_survey(store, name, survey_images(
-                    list(images), new_pool(job, list(images)), threads=job.data_threads, say=say, name=name,
-                    pixel_size_needed=job.pixel_size_um is not None, check=check))
+                found = survey_images(list(images), new_pool(job, list(images)), threads=job.data_threads, say=say, name=name,
+                                      pixel_size_needed=job.pixel_size_um is not None, check=check)
+                check_zooms(found, name, pixel_size_um=job.pixel_size_um, diameter_px=job.diameter_px)
+                store_survey(store, name, found)
 
     def same_content(self, job: TrainDistanceMapJob, store: Store, sets: Sets, say: Say) -> bool:
         for name, images in sets.items():

@@ -18,7 +18,7 @@ from dinoray.io.annotations import sample_weights
 from dinoray.training.augmentation import augment, grid_crops, plain_crop
 from dinoray.training.image_pool import ImagePool, Pixels
 from dinoray.training.parameters import parameter_groups
-from dinoray.training.sampling import generator, pick
+from dinoray.training.sampling import bounded_map, generator, pick
 from dinoray.training.workers import Workers
 from dinoray.vision.distance_model import DistanceMapModel
 from dinoray.vision.resampling2d import resample, resample_labels
@@ -87,7 +87,7 @@ class DistanceMapTask:
         crops = workers.share(self._validation_crops())
         size, total, count = self.job.micro_batch, 0.0, 0.0
         with ThreadPoolExecutor(self.job.data_threads, thread_name_prefix="validate") as threads:
-            samples = threads.map(self._validation_sample, crops)
+            samples = bounded_map(threads, self._validation_sample, crops, 2 * size + self.job.data_threads)
             batch: list[Sample] = []
             for sample in samples:
                 batch.append(sample)

@@ -25,7 +25,7 @@ from dinoray.training.labelled_sets import labelled_sets
 from dinoray.training.loop import fit, load_trained
 from dinoray.training.spec import Report, TrainingSpec, still_ours
 from dinoray.training.standing import CHECKPOINT
-from dinoray.training.states import load_state
+from dinoray.training.states import load_best, load_last
 from dinoray.training.survey import Survey, stored_survey
 from dinoray.training.workers import Workers
 from dinoray.vision.decoders.unet2d import tap_layers
@@ -49,7 +49,8 @@ def run_distance_map(spec: TrainingSpec, workers: Workers, report: Report) -> No
         if spec.inputs.get(name, digest(images)) != digest(images):
             raise SystemicError(f"the {name} images are not those that the driver listed: they change while they are trained on",
                                 where=store.url, todo="leave them alone, then run the same command again")
-    train, validation = (prepared(job, store, name, images) for name, images in listed.items())
+    total = sum(map(len, listed.values()))
+    train, validation = (prepared(job, store, name, images, share=len(images) / total) for name, images in listed.items())
     task = DistanceMapTask(job, spec.fingerprint, model, train, validation)
     check = still_ours(spec, store)
     progress = fit(job, task, workers, store, report=report, check=check, run_name=spec.token)
@@ -66,29 +67,32 @@ def build_model(job: TrainDistanceMapJob, spec: TrainingSpec) -> DistanceMapMode
     return new_model(backbone, record, frozen=job.backbone_learning_rate is None, seed=job.seed)
 
 
-def prepared(job: TrainDistanceMapJob, store: Store, name: str, images: list[LabelledImage]) -> Images:
-    """Images that the survey found good, with their zooms. Raises OutputDamaged without a survey."""
+def prepared(job: TrainDistanceMapJob, store: Store, name: str, images: list[LabelledImage], *, share: float = 1.0) -> Images:
+    """Images that the survey found good, with their zooms, and `share` of cache_bytes. Raises OutputDamaged without a survey."""
     survey = stored_survey(store, name)
     if survey is None or survey.table["image_id"].to_pylist() != [image.image_id for image in images]:
         raise OutputDamaged(f"the survey of the {name} images is missing or of other images",
                             where=f"{store.url}/_dinoray/survey-{name}.parquet", todo="run the training command again")
     zooms = survey.zooms(pixel_size_um=job.pixel_size_um, diameter_px=job.diameter_px)
     good = survey.good()
-    return Images(new_pool(job, [images[i] for i in good]), zooms[good])
+    return Images(new_pool(job, [images[i] for i in good], share), zooms[good])
 
 
-def new_pool(job: TrainDistanceMapJob, images: list[LabelledImage]) -> ImagePool:
-    """A pool that reads as this job asks."""
+def new_pool(job: TrainDistanceMapJob, images: list[LabelledImage], share: float = 1.0) -> ImagePool:
+    """A pool that reads as this job asks, and may keep `share` of its cache_bytes."""
     return ImagePool(images, channels=job.channels, scaling=job.scaling,
-                     percents=(job.scaling_low_percent, job.scaling_high_percent), cache_bytes=job.cache_bytes)
+                     percents=(job.scaling_low_percent, job.scaling_high_percent), cache_bytes=int(share * job.cache_bytes))
 
 
 def finish(job: TrainDistanceMapJob, spec: TrainingSpec, task: DistanceMapTask, workers: Workers, store: Store,
            check: Callable[[], None] = lambda: None) -> None:
     """Thresholds by all workers, then the folder by the first."""
-    state = load_state(store, "best", workers.device)
-    if state is None or state["fingerprint"] != spec.fingerprint:
-        raise OutputDamaged("the best state of the training is missing", where=f"{store.url}/_dinoray/states",
+    last = load_last(store)
+    progress = last["progress"] if last else {}
+    del last  # its tensors are not needed beside those of the best one
+    state = load_best(store, progress, workers.device)
+    if state["fingerprint"] != spec.fingerprint:
+        raise OutputDamaged("the best state is of another training", where=f"{store.url}/_dinoray/states",
                             todo="delete _dinoray/states to begin anew")
     load_trained(task.model, state["model"], store.url)
     task.model.eval()
@@ -99,8 +103,6 @@ def finish(job: TrainDistanceMapJob, spec: TrainingSpec, task: DistanceMapTask, 
     if not workers.is_first:
         workers.barrier()
         return
-    last = load_state(store, "last")
-    progress = last["progress"] if last else {}
     config = config.model_copy(update={"peak": peak, "fill": fill, "metrics": figures, "training": training_facts(
         job, spec, store, task, state["step"], progress)})
     store_examples(store, task.validation, segmenter.distance,

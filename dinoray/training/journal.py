@@ -29,6 +29,8 @@ class Journal:
         before = read_progress(store)
         self.starts = before.get("starts", 1) + 1 if run and before.get("run") == run else 1
         """How often the workers of this run began, with this time."""
+        self.began = progress.step
+        """The step that they went on from."""
         self._told = time.monotonic()
         self._temporary = None if isinstance(store, LocalStore) else tempfile.TemporaryDirectory(prefix="dinoray-board-")
         self.folder = Path(store.root) / BOARD if isinstance(store, LocalStore) else Path(self._temporary.name)  # type: ignore[union-attr]
@@ -66,7 +68,7 @@ class Journal:
         return figures | {"step": progress.step, "steps": self.steps, "seconds": round(progress.seconds, 1),
                           "best_loss": progress.best_loss if progress.best_step else None, "best_step": progress.best_step,
                           "ended": progress.ended, "workers": self.workers, "micro_batch": progress.micro_batch,
-                          "run": self.run, "starts": self.starts}
+                          "run": self.run, "starts": self.starts, "began": self.began}
 
     def close(self) -> None:
         """Flush and close the board."""

@@ -31,8 +31,13 @@ def labelled_sets(job: TrainDistanceMapJob) -> tuple[list[LabelledImage], list[L
                          todo="give more images, or `validation`")
     # by the hash of its id: the same images whatever else is listed beside them
     order = sorted(train, key=lambda image: hashlib.blake2b(f"{image.source}/{image.image_id}".encode()).digest())
-    aside = {id(image) for image in order[:max(1, round(job.validation_fraction * len(train)))]}
-    return [i for i in train if id(i) not in aside], [i for i in train if id(i) in aside]
+    aside = {id(image) for image in order[:min(len(train) - 1, max(1, round(job.validation_fraction * len(train))))]}
+    left = [image for image in train if id(image) not in aside]
+    for source in sorted({image.source for image in train} - {image.source for image in left}):
+        raise BadRequest(f"all images of source {source} ({job.train[source].images}) would be set aside for the validation",
+                         where="validation_fraction", todo="give `validation` of your own, a smaller validation_fraction, or more "
+                         "images of it")
+    return left, [image for image in train if id(image) in aside]
 
 
 def _listed(sources: tuple[LabelledSource, ...]) -> list[LabelledImage]:

@@ -26,7 +26,7 @@ from dinoray.training.averaging import RunningMean
 from dinoray.training.journal import Journal
 from dinoray.training.sampling import Ahead, micro_batches
 from dinoray.training.schedule import lr_factor
-from dinoray.training.states import load_state, save_state
+from dinoray.training.states import load_last, save_best, save_last
 from dinoray.training.steps import Stepper
 from dinoray.training.workers import Workers
 
@@ -69,6 +69,10 @@ class Progress:
     """Wall time of the steps and validations up to `step`, over all runs; what a restart computed again counts once."""
     micro_batch: int = 0
     """What running out of memory has left of the job's; 0 is all of it."""
+    best_state: dict[str, str] = field(default_factory=dict)
+    """Where the best state is (dinoray.training.states)."""
+    losses: list[float] = field(default_factory=list)
+    """Of the steps since the last logged one."""
     ended: str = ""
     """`steps` or `patience` when training is over."""
     history: list[dict[str, float]] = field(default_factory=list)
@@ -102,6 +106,8 @@ def fit(job: TrainingJob, task: Task, workers: Workers, store: Store, *,
     if workers.is_first:
         check()
         journal = Journal(store, progress, job.steps, workers.world, run_name)
+        if progress.step:  # what a killed run saved a state of, but did not tell any more
+            journal.store_now(progress)
     ahead = Ahead(task.sample, (workers.share(micro_batches(step, job.batch_size, job.micro_batch))
                                 for step in range(progress.step, job.steps)), threads=job.data_threads)
     run = _Run(job, task, workers, store, model, optimizer, mean, stepper, progress, journal, report, check,
@@ -151,7 +157,7 @@ def load_trained(model: nn.Module, tensors: dict[str, torch.Tensor], where: str)
 
 def _take_up(task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, mean: RunningMean | None, store: Store,
              workers: Workers) -> Progress:
-    state = load_state(store, "last", workers.device)
+    state = load_last(store, workers.device)
     step = state["progress"]["step"] if state else 0
     if workers.total(step)[0] != workers.world * step:
         raise TransientError("the workers have not read the same state", where=store.url, todo="they are started again")
@@ -188,11 +194,11 @@ class _Run:
     marked: float = field(default_factory=time.monotonic)
     stepping_since: float = field(default_factory=time.monotonic)
     stepping_s: float = 0.0
-    """Seconds in the steps of `losses`, without validations and saving."""
+    """Seconds in this run's steps since the last logged one, without validations and saving."""
     saved: tuple[int, str] = (-1, "")
     """Step and `ended` of the newest state."""
-    losses: list[float] = field(default_factory=list)
-    """Of the steps since the last logged one."""
+    stepped: int = 0
+    """Steps that `stepping_s` is of."""
 
     def must_stop(self) -> bool:
         """Whether `stop_after_s` is over or `dinoray stop` asks; all workers agree."""
@@ -209,18 +215,20 @@ class _Run:
         job, progress = self.job, self.progress
         if self.stepper.micro_batch < job.micro_batch:
             progress.micro_batch = self.stepper.micro_batch
-        self.losses.append(loss)
+        progress.losses.append(loss)
+        self.stepped += 1
         self.stepping_s += time.monotonic() - self.stepping_since
         step = progress.step
         if step % job.log_every == 0 or step == job.steps:
-            row = {"step": step, "loss": sum(self.losses) / len(self.losses), "lr": lr, "grad_norm": grad_norm,
-                   "samples_per_s": len(self.losses) * job.batch_size / max(1e-9, self.stepping_s)}
+            row = {"step": step, "loss": sum(progress.losses) / len(progress.losses), "lr": lr, "grad_norm": grad_norm,
+                   "samples_per_s": self.stepped * job.batch_size / max(1e-9, self.stepping_s)}
             self._tick()
-            self.losses, self.stepping_s = [], 0.0
+            progress.losses, self.stepped, self.stepping_s = [], 0, 0.0
             progress.history.append(row)
             if self.journal is not None:
                 self.journal.add(row, progress)
         if step % job.validate_every == 0 or step == job.steps:
+            self._share_statistics()
             self._validate()
         if step % job.checkpoint_every == 0:
             self.save()
@@ -254,12 +262,16 @@ class _Run:
             if self.workers.is_first:
                 self.check()
                 with self._averaged():
-                    save_state(self.store, "best", progress.step, {"fingerprint": self.task.fingerprint, "step": progress.step,
-                                                                   "model": trained_tensors(self.model)})
+                    progress.best_state = save_best(self.store, progress.step, {
+                        "fingerprint": self.task.fingerprint, "step": progress.step, "model": trained_tensors(self.model)})
         if job.patience is not None and progress.bad_validations >= job.patience:
             progress.ended = "patience"
         if self.journal is not None:
             self.journal.add(row, progress)
+
+    def _share_statistics(self) -> None:
+        """Batch norms count what each worker sees: what is validated and written is the mean over all of them."""
+        self.workers.mean_([buffer for buffer in self.model.buffers() if buffer.is_floating_point()])
 
     def _averaged(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self.mean is None else self.mean.applied(self.model)
@@ -270,6 +282,7 @@ class _Run:
         if self.saved == (progress.step, progress.ended):
             return
         self.saved = progress.step, progress.ended
+        self._share_statistics()
         self._tick()
         if self.workers.is_first:
             self.check()
@@ -277,7 +290,7 @@ class _Run:
                 self.journal.keep()  # before the state: what a resumed run does not say again must be said
             state = {"fingerprint": self.task.fingerprint, "progress": vars(progress).copy(), "model": trained_tensors(self.model),
                      "optimizer": self.optimizer.state_dict(), "mean": None if self.mean is None else self.mean.tensors}
-            save_state(self.store, "last", progress.step, state)
+            save_last(self.store, progress.step, state, progress.best_state)
             if self.journal is not None:
                 self.journal.store_now(progress)
         self.workers.barrier()  # a state is there before anyone goes on

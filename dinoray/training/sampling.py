@@ -7,7 +7,7 @@ workers, and each worker takes consecutive ones: two workers compute the very mi
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -28,6 +28,17 @@ def micro_batches(step: int, batch_size: int, micro_batch: int) -> list[range]:
 def pick(rng: np.random.Generator, cumulative: np.ndarray) -> int:
     """Draw an index by cumulative weights that end at 1."""
     return min(int(np.searchsorted(cumulative, rng.random(), side="right")), len(cumulative) - 1)
+
+
+def bounded_map(pool: ThreadPoolExecutor, function: Callable[[Any], Any], items: Iterable[Any], ahead: int) -> Iterator[Any]:
+    """As `pool.map`, but at most `ahead` results wait at a time. Raises what `function` raised, in the order of the items."""
+    waiting: deque[Future] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) >= ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 class Ahead:

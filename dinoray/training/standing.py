@@ -125,8 +125,8 @@ class Watch(threading.Thread):
             self.begun, self._told, self._micro_batch = True, found["step"], found["micro_batch"]
             if _read_failure(self.store, self.run_name):  # before their first step
                 self.say(self._new_start(found))
-            elif found["step"]:
-                self.say(f"going on from step {found['step']}")
+            elif found["began"]:
+                self.say(f"going on from step {found['began']}")
         elif found.get("starts", 1) != self._starts:
             self._told = found["step"]
             self.say(self._new_start(found))
@@ -142,7 +142,7 @@ class Watch(threading.Thread):
         """Why the workers began anew: they failed, or the group changed its size."""
         failure = _read_failure(self.store, self.run_name)
         if failure.get("count", 0) == self._failures:
-            return f"started again with {plural(found['workers'], 'worker')}: going on from step {found['step']}"
+            return f"started again with {plural(found['workers'], 'worker')}: going on from step {found['began']}"
         self._failures = failure["count"]
         of = f" of {failure['limit']}" if failure["limit"] >= 0 else ""
-        return f"a worker failed ({failure['why']}): going on from step {found['step']}, restart {failure['count']}{of}"
+        return f"a worker failed ({failure['why']}): going on from step {found['began']}, restart {failure['count']}{of}"

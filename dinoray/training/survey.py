@@ -20,13 +20,14 @@ import pyarrow.parquet as pq
 from dinoray.errors import BadRequest, ItemError
 from dinoray.io.annotations import LabelledImage
 from dinoray.io.stores import Store
+from dinoray.training.augmentation import MAX_ZOOM
 from dinoray.training.image_pool import ImagePool
 from dinoray.vision.targets import diameters
 from dinoray.wording import plural
 
 SURVEY_SCHEMA = pa.schema([
     ("image_id", pa.string()), ("source", pa.int32()), ("height", pa.int32()), ("width", pa.int32()), ("objects", pa.int32()),
-    ("median_diameter_px", pa.float32()), ("diameters_px", pa.list_(pa.float32())), ("pixel_size_um", pa.float32()),
+    ("median_diameter_px", pa.float32()), ("diameters_px", pa.list_(pa.float32())), ("pixel_size_um", pa.float64()),
     ("reason", pa.string()), ("message", pa.string()),
     ("content", pa.string()),
 ])
@@ -35,6 +36,8 @@ SURVEY_SCHEMA = pa.schema([
 MAX_BAD_FRACTION = 0.1
 CHUNK = 256
 TOLD_EVERY_S = 10.0
+SAME_SCALE = 1e-4
+"""Pixel sizes so near the model's are the model's: rounding in a file's metadata must not blur every crop."""
 DIAMETERS_KEPT = 2000
 """Diameters kept per image, evenly among them by size: their pooled median is what the checkpoint records."""
 
@@ -52,7 +55,8 @@ class Survey:
     def zooms(self, *, pixel_size_um: float | None, diameter_px: float | None) -> np.ndarray:
         """Factor by which each image is enlarged before it is trained on, float64 [n]; 1 without a target scale."""
         if pixel_size_um is not None:
-            return np.array(self.table["pixel_size_um"].to_pylist(), dtype=float) / pixel_size_um
+            zooms = np.array(self.table["pixel_size_um"].to_pylist(), dtype=float) / pixel_size_um
+            return np.where(np.abs(zooms - 1) < SAME_SCALE, 1.0, zooms)
         if diameter_px is not None:
             medians = np.array(self.table["median_diameter_px"].to_pylist(), dtype=float)
             typical = np.nanmedian(medians) if np.isfinite(medians).any() else diameter_px
@@ -130,6 +134,16 @@ def survey_images(images: list[LabelledImage], pool: ImagePool, *, threads: int,
         raise BadRequest(f"not one labelled image{f' for {name}' if name else ''} has a cell", where=name,
                          todo="labels are 0 on background and a number on each cell")
     return Survey(table)
+
+
+def check_zooms(survey: Survey, name: str, *, pixel_size_um: float | None, diameter_px: float | None) -> None:
+    """Raise BadRequest for an image that would be enlarged or shrunk beyond all meaning, before the training meets it."""
+    zooms = survey.zooms(pixel_size_um=pixel_size_um, diameter_px=diameter_px)
+    for number in survey.good():
+        if not 1 / MAX_ZOOM <= zooms[number] <= MAX_ZOOM:
+            row = {field: survey.table[field][number].as_py() for field in ("image_id", "pixel_size_um", "median_diameter_px")}
+            raise BadRequest(f"{row['image_id']} would be enlarged {zooms[number]:g} times (pixel size {row['pixel_size_um']} um, cells of "
+                             f"{row['median_diameter_px']} px)", where=name, todo="mend its pixel size or labels, or leave it out")
 
 
 def same_content(one: Survey, other: Survey) -> bool:

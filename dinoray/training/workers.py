@@ -61,6 +61,14 @@ class Workers:
                 bucket, size = [], 0
         _sum_flat(bucket)
 
+    def mean_(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Replace tensors of one dtype by their means over the workers."""
+        if self.joined:
+            found = list(tensors)
+            self.sum_(found)
+            for tensor in found:
+                tensor /= self.world
+
     def same_start_(self, tensors: Iterable[torch.Tensor]) -> None:
         """Give every worker the first one's values."""
         if self.joined:

@@ -24,11 +24,11 @@ class BackOff:
 
     def _forward(self, items: Sequence) -> Any:
         """The result of a batch; raises torch.OutOfMemoryError where it does not fit."""
-        raise NotImplementedError
+        raise NotImplementedError(type(self).__name__)
 
     def _too_large(self, item: Any) -> ItemError:
         """The error of an item that does not fit by itself."""
-        raise NotImplementedError
+        raise NotImplementedError(type(self).__name__)
 
     def in_parts(self, key: tuple, items: Sequence) -> list:
         """Results of `_forward` for `items` in order: one, or those of smaller parts after an out-of-memory error.

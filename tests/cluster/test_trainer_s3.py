@@ -6,14 +6,12 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import boto3
-import fsspec
 import pytest
-from moto.server import ThreadedMotoServer
 
 from dinoray.io.stores import open_store
 from dinoray.status import status_lines
 from dinoray.vision.distance_model import load_segmenter
+from tests.faults.s3_proxy import filled_bucket
 from tests.runs import complete
 from tests.training.toys import disc_job, make_discs, write_job
 
@@ -21,20 +19,10 @@ from tests.training.toys import disc_job, make_discs, write_job
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     """A bucket that holds discs under in/."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "test",
-                        "AWS_SECRET_ACCESS_KEY": "secret-that-must-not-leak", "AWS_DEFAULT_REGION": "us-east-1"}.items():
-        monkeypatch.setenv(name, value)
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-    s3 = boto3.client("s3", endpoint_url=f"http://{host}:{port}")
-    s3.create_bucket(Bucket="cells")
-    for path in sorted(make_discs(tmp_path / "in").iterdir()):
-        s3.upload_file(str(path), "cells", f"in/{path.name}")
-    yield "cells"
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-    server.stop()
+    with filled_bucket("cells", make_discs(tmp_path / "in"), "in") as variables:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        yield "cells"
 
 
 @pytest.mark.ray

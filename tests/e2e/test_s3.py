@@ -13,31 +13,20 @@ import boto3
 import fsspec
 import pytest
 import tifffile
-from moto.server import ThreadedMotoServer
 
 from dinoray import open_features
 from tests.conftest import texture
-from tests.faults.s3_proxy import NO_OTHER_CREDENTIALS, Proxy, Request, Rule, aws_environment, moto_server, s3_proxy
+from tests.faults.s3_proxy import NO_OTHER_CREDENTIALS, Proxy, Request, Rule, aws_environment, filled_bucket, moto_server, s3_proxy
 from tests.runs import data_objects, environment, run
 
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch, pictures: Path) -> Iterator[str]:
     """A bucket that holds the pictures under images/."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "test",
-                        "AWS_SECRET_ACCESS_KEY": "secret-that-must-not-leak", "AWS_DEFAULT_REGION": "us-east-1"}.items():
-        monkeypatch.setenv(name, value)
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-    s3 = boto3.client("s3", endpoint_url=f"http://{host}:{port}")
-    s3.create_bucket(Bucket="pics")
-    for path in sorted(pictures.rglob("*.*")):
-        s3.upload_file(str(path), "pics", f"images/{path.relative_to(pictures).as_posix()}")
-    yield "pics"
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-    server.stop()
+    with filled_bucket("pics", pictures, "images") as variables:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        yield "pics"
 
 
 def test_s3_to_s3_equals_local_to_local(bucket: str, pictures: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from dinoray.config import TrainDistanceMapJob
 from dinoray.errors import BadRequest, ChangedRequest, Stopped, SystemicError
 from dinoray.status import status_lines
 from dinoray.train import train_distance_map
-from dinoray.training.states import load_state
+from dinoray.training.states import load_best, load_last
 from dinoray.verification import open_run
 from dinoray.vision.distance_model import load_segmenter
 from tests.runs import complete, environment, run, use_tiny_backbone
@@ -84,8 +84,8 @@ def test_the_life_of_a_training(discs: Path, tmp_path: Path) -> None:
     assert (config.crop_px, config.training["steps"], config.backbone.included) == (32, 40, True)
     assert f"digest {config.weights_digest[:12]}  " in done.splitlines()[-1]
     assert config.weights_digest in (out / "checkpoint/README.md").read_text()
-    best = load_state(open_store_of(out), "best")
-    assert best is not None and bool((model.decoder.head.weight == best["model"]["decoder.head.weight"]).all())
+    best = load_best(open_store_of(out), load_last(open_store_of(out))["progress"])
+    assert bool((model.decoder.head.weight == best["model"]["decoder.head.weight"]).all())
     lines = list(status_lines(str(out)))
     assert lines[1].startswith("step 40/40  loss ") and lines[-1] == f"ended by steps; checkpoint {out}/checkpoint"
     assert not (out / "_dinoray/driver.json").exists()
@@ -230,6 +230,8 @@ def test_idle_workers_are_pointed_out_and_history_is_json(discs: Path, tmp_path:
     job = TrainDistanceMapJob(**disc_job(discs, tmp_path / "o") | {"no_ray": False, "workers": "1,8", "batch_size": 8})
     assert _notes(job) == ["8 workers share 4 micro-batches of a step, so 4 of them will idle: a micro_batch of at most 1 has work "
                            "for all"]
+    assert _notes(job.model_copy(update={"batch_size": 4, "micro_batch": 1})) == [
+        "a batch of 4 samples has no work for 8 workers: 4 of them will idle"]
     assert _notes(job.model_copy(update={"no_ray": True})) == [] == _notes(job.model_copy(update={"micro_batch": 1}))
     outcome, said = train(disc_job(discs, tmp_path / "out", steps=3, validate_every=2))
     assert outcome.exit_code == 0 and outcome.progress["ended"] == "steps"
@@ -238,3 +240,37 @@ def test_idle_workers_are_pointed_out_and_history_is_json(discs: Path, tmp_path:
     again, told = train(disc_job(discs, tmp_path / "out", steps=3, validate_every=2))
     assert again.checkpoint == outcome.checkpoint and told[1:] == said[-3:]
     assert "not one cell of the validation images was found" in told[1], "three steps teach nothing"
+
+
+def test_what_was_refused_and_then_mended_trains_in_the_same_folder(discs: Path, tmp_path: Path) -> None:
+    images = shutil.copytree(discs, tmp_path / "images")
+    for number in (50, 51):
+        Image.fromarray(np.zeros((64, 64), np.uint8)).save(images / f"{number}_img.png")
+        (images / f"{number}_masks.png").write_bytes(b"bad")
+    values = disc_job(images, tmp_path / "out", steps=3)
+    with pytest.raises(BadRequest, match="cannot be used"):
+        train(values)
+    for number in (50, 51):
+        (images / f"{number}_img.png").unlink()
+        (images / f"{number}_masks.png").unlink()
+    outcome, said = train(values)
+    assert outcome.progress["ended"] == "steps"
+    assert "what was begun here before, and ended before its first state, is replaced" in said
+    shutil.copy(images / "00_img.png", images / "60_img.png")
+    shutil.copy(images / "00_masks.png", images / "60_masks.png")
+    with pytest.raises(ChangedRequest, match="1 added"):
+        train(values)
+
+
+def test_the_device_is_decided_once(discs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = disc_job(discs, tmp_path / "out", steps=3)
+    first, _ = train(values)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    again, _ = train(values)
+    assert again.fingerprint == first.fingerprint, "auto stays what it was when the training began"
+
+
+def test_batch_norms_on_workers_without_samples_are_refused(discs: Path, tmp_path: Path) -> None:
+    values = disc_job(discs, tmp_path / "out", norm="batch") | {"no_ray": False, "workers": "1,4"}
+    with pytest.raises(BadRequest, match="norm=batch needs samples on every worker"):
+        train(values)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import urlsplit
 
 ANSWERS = {  # fault -> status, S3's code, its message
@@ -227,6 +228,25 @@ def aws_environment(url: str) -> dict[str, str]:
     """The variables of a client with (dummy) credentials at `url`, and of nothing else on this machine."""
     return {"AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "secret-that-must-not-leak",
             "AWS_DEFAULT_REGION": "us-east-1", **NO_OTHER_CREDENTIALS}
+
+
+@contextmanager
+def filled_bucket(name: str, folder: Path, prefix: str) -> Iterator[dict[str, str]]:
+    """An S3 with bucket `name` that holds the files of `folder` under `prefix`/; the variables that its clients need."""
+    import boto3
+    import fsspec
+
+    with moto_server() as url:
+        variables = aws_environment(url)
+        client = boto3.client("s3", endpoint_url=url, region_name="us-east-1", aws_access_key_id="x", aws_secret_access_key="x")
+        client.create_bucket(Bucket=name)
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            client.upload_file(str(path), name, f"{prefix}/{path.relative_to(folder).as_posix()}")
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        try:
+            yield variables
+        finally:
+            fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
 NO_OTHER_CREDENTIALS = {"AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": "/dev/null",

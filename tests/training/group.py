@@ -123,3 +123,14 @@ def out_of_memory(workers: Workers, out: str, fields: dict[str, Any], bad_rank: 
         return {"error": f"{type(error).__name__}: {error}", "failures": failures}
     return {"history": progress.history, "failures": failures, "micro_batch": progress.micro_batch,
             "weights": torch.cat([p.detach().reshape(-1) for p in toy.model.parameters()])}
+
+
+def batch_statistics(workers: Workers, out: str) -> dict[str, Any]:
+    """A toy training with a batch norm: its buffers at the end, and the mean of what this worker alone has seen in its last step."""
+    toy = Toy(torch.float32)
+    toy.model = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1))
+    seen: list[torch.Tensor] = []
+    toy.model[1].register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().mean(0)) if module.training else None)
+    toy.parameter_groups = lambda: [{"params": list(toy.model.parameters()), "lr": 0.01, "weight_decay": 0.0}]  # type: ignore[method-assign]
+    fit(toy_job(out, steps=4, checkpoint_every=2), toy, workers, LocalStore(out))
+    return {"buffers": [toy.model[1].running_mean.clone(), toy.model[1].running_var.clone()], "own": seen[-1]}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -17,7 +18,7 @@ from dinoray.io.stores import LocalStore
 from dinoray.training.distance_map import DistanceMapTask, Images, weighted_squares
 from dinoray.training.distance_worker import new_pool, prepared
 from dinoray.training.labelled_sets import labelled_sets
-from dinoray.training.survey import Survey, store_survey, stored_survey, survey_images
+from dinoray.training.survey import SURVEY_SCHEMA, Survey, check_zooms, store_survey, stored_survey, survey_images
 from dinoray.training.workers import Workers
 from dinoray.vision.decoders.unet2d import UNet2D
 from dinoray.vision.distance_model import DecoderRecord, new_model
@@ -139,6 +140,27 @@ def test_what_is_set_aside_does_not_depend_on_what_is_listed_beside_it(tmp_path:
     both = job(folder).model_copy(update={"validation": job(folder).train})
     with pytest.raises(BadRequest, match="8 images stand in both train and validation"):
         labelled_sets(both)
+
+
+def test_something_is_always_left_to_train_on(tmp_path: Path) -> None:
+    two = job(make_discs(tmp_path / "two", images=2), validation_fraction=0.9)
+    assert [len(part) for part in labelled_sets(two)] == [1, 1]
+    few = job(make_discs(tmp_path / "many", images=30), make_discs(tmp_path / "one", images=1, seed=4), validation_fraction=0.97)
+    with pytest.raises(BadRequest, match="all images of source [01] .* would be set aside"):
+        labelled_sets(few)
+
+
+def test_a_pixel_size_that_is_the_models_blurs_nothing(tmp_path: Path) -> None:
+    """0.65 has no exact float32: a zoom of 0.99999996 would resample every crop."""
+    rows = [{"image_id": str(i), "source": 0, "pixel_size_um": size, "median_diameter_px": 9.0} for i, size in enumerate((0.65, 1.3, 0.65001))]
+    store = LocalStore(str(tmp_path))
+    store_survey(store, "train", Survey(pa.Table.from_pylist(rows, schema=SURVEY_SCHEMA)))
+    found = stored_survey(store, "train")
+    assert found is not None
+    assert found.zooms(pixel_size_um=0.65, diameter_px=None).tolist() == [1.0, 2.0, 1.0]
+    check_zooms(found, "train", pixel_size_um=0.65, diameter_px=None)
+    with pytest.raises(BadRequest, match="0 would be enlarged 65 times"):
+        check_zooms(found, "train", pixel_size_um=0.01, diameter_px=None)
 
 
 def test_the_survey_lists_bad_images_and_refuses_too_many(tmp_path: Path) -> None:

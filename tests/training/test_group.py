@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.training import group
-from tests.training.toys import timeless
+from tests.training.toys import last_state, timeless
 
 CASES = [(8, 2), (8, 3), (7, 2), (5, 4), (9, 1), (3, 4), (1, 1)]
 """(batch, micro-batch): shared evenly, unevenly, more workers than micro-batches, a worker without samples."""
@@ -56,6 +56,15 @@ def test_ten_steps_of_two_workers_are_those_of_one_and_a_training_goes_on_with_a
             assert a["step"] == b["step"]
             for name in a.keys() & {"loss", "val_loss"}:
                 assert abs(a[name] - b[name]) <= 1e-3 * abs(a[name]), (a, b)
+
+
+def test_batch_statistics_are_shared_before_they_are_validated_or_written(tmp_path: Path) -> None:
+    found = group.in_group(2, group.batch_statistics, tmp_path / "g", str(tmp_path / "out"))
+    for one, other in zip(*(part["buffers"] for part in found), strict=True):
+        assert torch.equal(one, other) and bool(one.isfinite().all())
+    assert not torch.equal(found[0]["own"], found[1]["own"]), "what each worker saw by itself differs"
+    saved = last_state(tmp_path / "out")["model"]
+    assert torch.equal(saved["1.running_mean"], found[0]["buffers"][0])
 
 
 def test_out_of_memory_on_one_worker_halves_on_all_and_changes_nothing(tmp_path: Path) -> None:

@@ -29,13 +29,17 @@ def train(out: Path, toy: Toy | None = None, **fields: Any) -> Progress:
     return fit(toy_job(out, **fields), toy or Toy(), Workers(), LocalStore(str(out)), **keywords)
 
 
-@pytest.mark.parametrize(("precision", "ema", "dropout"), [("float32", 0.0, 0.0), ("float32", 0.9, 0.5), ("bfloat16", 0.9, 0.2)])
-def test_interrupted_anywhere_it_ends_the_same(precision: str, ema: float, dropout: float, tmp_path: Path,
+@pytest.mark.parametrize(("precision", "ema", "dropout", "every"), [
+    ("float32", 0.0, 0.0, (4, 1)), ("float32", 0.9, 0.5, (5, 3)), ("bfloat16", 0.9, 0.2, (4, 3))])
+def test_interrupted_anywhere_it_ends_the_same(precision: str, ema: float, dropout: float, every: tuple[int, int], tmp_path: Path,
                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    """`every`: steps between states (5: the last one falls on the end, which is saved twice) and between rows of the history."""
+    rhythm = {"checkpoint_every": every[0], "log_every": every[1]}
+
     def toy() -> Toy:
         return Toy(torch.float32, dropout)
 
-    whole = train(tmp_path / "whole", toy(), precision=precision, ema_decay=ema)
+    whole = train(tmp_path / "whole", toy(), precision=precision, ema_decay=ema, **rhythm)
     assert outcome(whole) == (10, "steps")
     for point in POINTS:
         out = tmp_path / point
@@ -43,14 +47,16 @@ def test_interrupted_anywhere_it_ends_the_same(precision: str, ema: float, dropo
         monkeypatch.setattr("dinoray.failpoints._passed", Counter())
         monkeypatch.setenv("DINORAY_FAILPOINTS", f"{name}=raise@{passage}")
         with pytest.raises(OSError, match=name):
-            train(out, toy(), precision=precision, ema_decay=ema)
+            train(out, toy(), precision=precision, ema_decay=ema, **rhythm)
         monkeypatch.delenv("DINORAY_FAILPOINTS")
-        rest = train(out, toy(), precision=precision, ema_decay=ema)
+        rest = train(out, toy(), precision=precision, ema_decay=ema, **rhythm)
+        assert timeless(json.loads((out / "history.json").read_text())) == timeless(whole.history), point
         assert outcome(rest) == (10, "steps")
         assert timeless(rest.history) == timeless(whole.history), point
         assert_same_state(last_state(out), last_state(tmp_path / "whole"))
         names = {path.name for path in (out / "_dinoray/states").iterdir()}
-        assert names == {"last.json", "best.json", "last-000000010.pt", f"best-{whole.best_step:09d}.pt"}, "older ones are gone"
+        assert sorted(name[:14] for name in names) == [f"best-{whole.best_step:09d}", "last-000000010", "last.json"], \
+            "older ones are gone"
 
 
 def test_a_resumed_run_takes_up_the_next_samples_and_no_others(tmp_path: Path) -> None:
@@ -119,7 +125,7 @@ def test_what_is_validated_and_kept_with_a_running_mean_is_the_mean(tmp_path: Pa
 
     toy.validate = validate  # type: ignore[method-assign]
     progress = train(tmp_path, toy, ema_decay=0.9)
-    state, best = last_state(tmp_path), torch.load(tmp_path / f"_dinoray/states/best-{progress.best_step:09d}.pt")
+    state, best = last_state(tmp_path), torch.load(tmp_path / progress.best_state["key"])
     assert torch.equal(best["model"]["0.weight"], seen[-1])
     assert torch.equal(state["mean"]["values"]["0.weight"], seen[-1])
     assert torch.equal(state["model"]["0.weight"], toy.model[0].weight)
@@ -171,7 +177,7 @@ def test_the_size_that_fits_is_kept_over_a_restart_and_never_above_the_jobs(tmp_
     assert (progress.micro_batch, sizes[:2], max(sizes[2:])) == (2, [8, 4], 2)
     sizes.clear()
     with pytest.raises(OutputDamaged):  # a broken state is never trained on
-        (tmp_path / "_dinoray/states/last-000000004.pt").write_bytes(b"torn")
+        next((tmp_path / "_dinoray/states").glob("last-000000004-*.pt")).write_bytes(b"torn")
         train(tmp_path, fussy(3), steps=4, batch_size=8, micro_batch=8)
     other = tmp_path / "other"
     monkey = fussy(3)

@@ -20,9 +20,9 @@ from dinoray.training.averaging import RunningMean
 from dinoray.training.journal import Journal
 from dinoray.training.loop import Progress
 from dinoray.training.parameters import parameter_groups
-from dinoray.training.sampling import Ahead, generator, micro_batches, pick
+from dinoray.training.sampling import Ahead, bounded_map, generator, micro_batches, pick
 from dinoray.training.schedule import lr_factor
-from dinoray.training.states import load_state, save_state
+from dinoray.training.states import load_best, load_last, save_best, save_last
 from dinoray.training.workers import Workers
 from tests.runs import DictStore
 
@@ -125,27 +125,78 @@ def test_only_matrices_and_kernels_are_decayed() -> None:
     assert parameter_groups(module["fc"].requires_grad_(False), 0.1, 0.05) == []
 
 
+def test_a_bounded_map_holds_no_more_than_it_may_and_keeps_the_order() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    begun: list[int] = []
+
+    def double(i: int) -> int:
+        begun.append(i)
+        if i == 7:
+            raise ValueError("seven")
+        return 2 * i
+
+    with ThreadPoolExecutor(3) as pool:
+        found = bounded_map(pool, double, iter(range(20)), 4)
+        assert next(found) == 0
+        pool.submit(lambda: None).result()  # the pool's queue has run empty
+        assert len(begun) <= 4
+        assert [next(found) for _ in range(6)] == [2, 4, 6, 8, 10, 12]
+        with pytest.raises(ValueError, match="seven"):
+            next(found)
+        assert list(bounded_map(pool, str, [], 4)) == [] and list(bounded_map(pool, str, [1], 4)) == ["1"]
+
+
 @pytest.mark.parametrize("kind", ["dict", "local", "remote"])
 def test_states_come_back_whole_and_damage_is_told(kind: str, tmp_path: Path) -> None:
     store = DictStore() if kind == "dict" else LocalStore(str(tmp_path)) if kind == "local" else \
         FsspecStore(f"memory://states-{id(tmp_path)}/out")
-    assert load_state(store, "last") is None
-    save_state(store, "best", 2, {"step": 2, "w": torch.arange(3.0)})
+    assert load_last(store) is None
+    lost = save_best(store, 1, {"step": 1})
+    best = save_best(store, 2, {"step": 2, "w": torch.arange(3.0)})
+    assert load_best(store, {"best_state": lost}) == {"step": 1}, "until a newest state names another, it is there"
     for step in (3, 12):
-        save_state(store, "last", step, {"step": step, "w": torch.full((2, 2), float(step), dtype=torch.bfloat16), "none": None})
-    state = load_state(store, "last")
+        save_last(store, step, {"step": step, "w": torch.full((2, 2), float(step), dtype=torch.bfloat16), "none": None}, best)
+    state = load_last(store)
     assert state is not None and state["step"] == 12 and state["w"].dtype == torch.bfloat16 and bool((state["w"] == 12).all())
     assert sorted(key.rsplit("/", 1)[-1] for key, _ in store.list("_dinoray/states")) == [
-        "best-000000002.pt", "best.json", "last-000000012.pt", "last.json"]
-    store.put("_dinoray/states/last-000000012.pt", store.get("_dinoray/states/last-000000012.pt")[:-1])
+        best["key"].rsplit("/", 1)[-1], (last := next(key for key, _ in store.list("_dinoray/states/last-"))).rsplit("/", 1)[-1],
+        "last.json"]
+    assert load_best(store, {"best_state": best})["w"].tolist() == [0, 1, 2]
+    for wrong in ({"best_state": lost}, {"best_state": {}}, {}):
+        with pytest.raises(OutputDamaged, match="best state of the training is missing"):
+            load_best(store, wrong)
+    store.put(best["key"], b"torn")
     with pytest.raises(OutputDamaged, match="not what was written"):
-        load_state(store, "last")
-    store.delete("_dinoray/states/last-000000012.pt")
+        load_best(store, {"best_state": best})
+    store.put(last, store.get(last)[:-1])
+    with pytest.raises(OutputDamaged, match="not what was written"):
+        load_last(store)
+    store.delete(last)
     with pytest.raises(OutputDamaged, match="missing"):
-        load_state(store, "last")
+        load_last(store)
     store.put("_dinoray/states/last.json", b"{}")
     with pytest.raises(OutputDamaged, match="cannot be read"):
-        load_state(store, "last")
+        load_last(store)
+
+
+def test_a_state_of_the_same_step_never_writes_over_the_one_that_is_pointed_at(tmp_path: Path) -> None:
+    """A training that ends where a state is due saves that step twice: a kill between the second and its pointer finds the first."""
+    store = LocalStore(str(tmp_path))
+    save_last(store, 8, {"ended": ""}, {})
+    pointer = store.get("_dinoray/states/last.json")
+    save_last(store, 8, {"ended": "steps"}, {})
+    store.put("_dinoray/states/last.json", pointer)
+    with pytest.raises(OutputDamaged, match="missing"):
+        load_last(store)  # the older one was dropped only after the pointer: put back by hand, it points nowhere
+    save_last(store, 8, {"ended": ""}, {})
+    kept = {key for key, _ in store.list("_dinoray/states")}
+    plain = store.put
+    store.put = lambda key, data: plain(key, data) if key.endswith(".pt") else (_ for _ in ()).throw(OSError(5, "killed"))  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="killed"):
+        save_last(store, 8, {"ended": "steps"}, {})
+    store.put = plain  # type: ignore[method-assign]
+    assert kept < {key for key, _ in store.list("_dinoray/states")} and load_last(store) == {"ended": ""}
 
 
 def test_a_state_runs_no_code(tmp_path: Path) -> None:
@@ -164,7 +215,7 @@ def test_a_state_runs_no_code(tmp_path: Path) -> None:
     store.put("_dinoray/states/last.json", json.dumps({"key": "_dinoray/states/last-1.pt", "sha256":
                                                        hashlib.sha256(sink.getvalue()).hexdigest()}).encode())
     with pytest.raises(pickle.UnpicklingError):
-        load_state(store, "last")
+        load_last(store)
     assert not (tmp_path / "owned").exists()
 
 
@@ -214,12 +265,12 @@ def test_a_state_that_is_replaced_while_it_is_read_is_read_anew(tmp_path: Path) 
         def open(self, key: str):
             if not self.raced:
                 self.raced = True
-                save_state(self, "last", 2, {"step": 2})
+                save_last(self, 2, {"step": 2}, {})
             return super().open(key)
 
     store = Racing(str(tmp_path))
-    save_state(store, "last", 1, {"step": 1})
-    assert load_state(store, "last") == {"step": 2}
-    (tmp_path / "_dinoray/states/last-000000002.pt").unlink()
+    save_last(store, 1, {"step": 1}, {})
+    assert load_last(store) == {"step": 2}
+    next((tmp_path / "_dinoray/states").glob("last-000000002-*.pt")).unlink()
     with pytest.raises(OutputDamaged, match="a saved state is missing"):
-        load_state(store, "last")
+        load_last(store)

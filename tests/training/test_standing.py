@@ -20,7 +20,8 @@ from tests.runs import DictStore
 
 
 def note(store: Store, step: int, run: str = "me", **fields: object) -> None:
-    store.put(PROGRESS_KEY, json.dumps({"step": step, "steps": 100, "run": run, "micro_batch": 0, "ended": "", **fields}).encode())
+    values = {"step": step, "steps": 100, "run": run, "micro_batch": 0, "ended": "", "began": 40, **fields}
+    store.put(PROGRESS_KEY, json.dumps(values).encode())
 
 
 def wait_for(said: list[str], number: int) -> None:
@@ -63,20 +64,28 @@ def test_a_watcher_tells_new_steps_of_its_own_run_and_the_last(monkeypatch: pyte
 def test_a_watcher_tells_that_workers_began_anew_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     store, said = DictStore(), []
     watch = Watch(store, "me", said.append)
-    note(store, 40, workers=2, starts=1)
+    note(store, 43, workers=2, starts=1)
     watch._look()
     note_failure(store, "an earlier run", "long ago", 3)
     note_failure(store, "me", "ActorDiedError: gone", 3)
-    note(store, 30, workers=2, starts=2)
+    note(store, 30, workers=2, starts=2, began=30)
     watch._look()
-    note(store, 30, workers=4, starts=3)
+    note(store, 38, workers=4, starts=3, began=30)  # looked at late: it has gone on since
     watch._look()
     note_failure(store, "me", "503", -1)
-    note(store, 33, workers=4, starts=4)
+    note(store, 33, workers=4, starts=4, began=33)
     watch._look()
     assert said == ["going on from step 40", "a worker failed (ActorDiedError: gone): going on from step 30, restart 1 of 3",
                     "started again with 4 workers: going on from step 30",
                     "a worker failed (503): going on from step 33, restart 2"]
+
+
+def test_a_first_look_that_comes_late_does_not_call_a_new_training_one_that_goes_on() -> None:
+    store, said = DictStore(), []
+    watch = Watch(store, "me", said.append)
+    note(store, 3, began=0)
+    watch._look()
+    assert watch.begun and said == []
 
 
 def test_the_starts_of_a_run_are_counted(tmp_path: Path) -> None:
@@ -84,7 +93,8 @@ def test_the_starts_of_a_run_are_counted(tmp_path: Path) -> None:
     for run, expected in (("a", 1), ("a", 2), ("a", 3), ("b", 1)):
         Journal(store, Progress(), 10, 2, run).close()
         assert read_progress(store)["starts"] == expected
-    Journal(store, Progress(), 10, 2, "b").close()
+    Journal(store, Progress(step=4), 10, 2, "b").close()
+    assert read_progress(store)["began"] == 4
     assert "the workers of this run were started 2 times" in standing_lines(store, {"fingerprint": "f0", "kind": "train x"})
 
 

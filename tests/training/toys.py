@@ -20,7 +20,7 @@ from dinoray.config.training import TrainingJob
 from dinoray.io.stores import LocalStore
 from dinoray.training.loop import Progress
 from dinoray.training.sampling import generator
-from dinoray.training.states import load_state
+from dinoray.training.states import load_best, load_last
 from dinoray.training.workers import Workers
 
 TIMES = ("samples_per_s",)
@@ -99,7 +99,7 @@ def _assert_same(one: Any, other: Any, where: str) -> None:
 
 def last_state(out: str | Path) -> dict[str, Any]:
     """The newest state below an output."""
-    state = load_state(LocalStore(str(out)), "last")
+    state = load_last(LocalStore(str(out)))
     assert state is not None
     return state
 
@@ -153,7 +153,7 @@ def assert_same_training(one: Path, other: Path) -> None:
     """Two finished outputs: the same states, history and checkpoint, but for times."""
     assert_same_state(last_state(one), last_state(other))
     for out_a, out_b in ((one, other),):
-        best = [load_state(LocalStore(str(out)), "best") for out in (out_a, out_b)]
+        best = [load_best(LocalStore(str(out)), last_state(out)["progress"]) for out in (out_a, out_b)]
         _assert_same(best[0], best[1], "best")
         histories = [json.loads((out / "history.json").read_text()) for out in (out_a, out_b)]
         assert timeless(histories[0]) == timeless(histories[1])

@@ -70,7 +70,7 @@ def read_coco(file: FileRef) -> CocoFile:
         return _parsed(file)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=None)
 def _parsed(file: FileRef) -> CocoFile:
     text = read_file(file, Limits())
     reader = _Reader(file.uri)
