@@ -1,0 +1,146 @@
+"""The regions of a context-fusion training: listed with the versions of their files, opened, and looked at before the first step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+
+from dinoray.config.fusion import TrainContextFusionJob
+from dinoray.config.volume_labels import LabelledVolume
+from dinoray.errors import BadRequest
+from dinoray.io.items import FileRef
+from dinoray.io.volume_grid import Triple
+from dinoray.io.stores import Store
+from dinoray.training.volume_regions import Region
+from dinoray.wording import plural
+
+SURVEY_KEY = "_dinoray/survey-volumes.json"
+BLOCKS = 256
+"""Boxes of labels of a region that are counted, at most, evenly among all."""
+SIDE = 64
+
+
+@dataclass(frozen=True)
+class ListedVolume:
+    """A region as the listing saw it (kinds.Listed)."""
+
+    image_id: str
+    files: tuple[FileRef, ...]
+    source: int
+    box: tuple[Triple, Triple]
+    """Corner and extent in nm."""
+
+
+def listed(sources: Sequence[LabelledVolume]) -> list[ListedVolume]:
+    """The regions of a set. Raises BadRequest for volumes that cannot be opened or do not fit each other."""
+    found = []
+    for number, source in enumerate(sources):
+        region = Region(source, keep_bytes=0, scaling_sample=1)
+        try:
+            grid = region.raw_grid
+            corner: Triple = tuple(f - p / 2 for f, p in zip(grid.first_nm, grid.pitch_nm, strict=True))  # type: ignore[assignment]
+            found.append(ListedVolume(f"{source.raw.rstrip('/').rsplit('/', 1)[-1]}[{source.region or 'all'}]",
+                                      (region.raw_volume.ref, region.label_volume.ref), number, (corner, grid.extent_nm)))
+        finally:
+            region.close()
+    return found
+
+
+def digest(volumes: Sequence[ListedVolume]) -> str:
+    """32 hex digits over the regions and the versions of their files."""
+    hasher = blake2b(digest_size=16)
+    for volume in volumes:
+        files = [(file.uri, file.size, file.version) for file in volume.files]
+        hasher.update(repr((volume.source, volume.image_id, volume.box, files)).encode())
+    return hasher.hexdigest()
+
+
+def refuse_shared(train: Sequence[ListedVolume], validation: Sequence[ListedVolume]) -> None:
+    """Raise BadRequest when a voxel of raw is in both sets: what is validated on must not have been seen, by a context neither."""
+    for a in train:
+        for b in validation:
+            if a.files[0].uri != b.files[0].uri:
+                continue
+            apart = any(p + e <= q + 1e-6 or q + f <= p + 1e-6 for p, e, q, f in zip(*a.box, *b.box, strict=True))
+            if not apart:
+                raise BadRequest(f"the regions {a.image_id} and {b.image_id} share voxels", where="validation",
+                                 todo="choose `region`s that do not meet; leave a gap as wide as what is alike in your volume")
+
+
+def context_pixel(region: Region, factor: int) -> Triple:
+    """Side of the pixels of a context's slices: as many of them as the crop has raw voxels, over `factor` times its width."""
+    return tuple(p * factor for p in region.raw_grid.pitch_nm)  # type: ignore[return-value]
+
+
+def opened(job: TrainContextFusionJob, sources: Sequence[LabelledVolume], share: float) -> list[Region]:
+    """The regions of a set, to be sampled, with `share` of cache_bytes. Raises BadRequest."""
+    found = []
+    for source in sources:
+        pixel = None
+        if job.fusion != "none":
+            first = Region(source, keep_bytes=0, scaling_sample=1)
+            pixel = context_pixel(first, job.context_factor)
+            first.close()
+        found.append(Region(source, keep_bytes=int(share * job.cache_bytes / len(sources) / 3), context_nm=pixel,
+                            scaling_sample=job.scaling_sample))
+    sizes = {(r.raw_grid.pitch_nm, r.label_grid.pitch_nm) for r in found}
+    if len({tuple(round(v, 3) for pitch in size for v in pitch) for size in sizes}) > 1:
+        raise BadRequest("the regions have voxels of different sizes: " + "; ".join(sorted(
+            f"raw {a} nm, labels {b} nm" for a, b in sizes)), where="train", todo="choose levels by raw_voxel_size and label_voxel_size")
+    return found
+
+
+def survey(job: TrainContextFusionJob, store: Store, say: Callable[[str], None], check: Callable[[], None]) -> dict[str, Any]:
+    """Labels counted over the training regions: `counts` of the classes, or `instances` per region. Raises BadRequest for labels that
+    are no classes of the job and for regions without anything."""
+    try:
+        return json.loads(store.get(SURVEY_KEY))
+    except FileNotFoundError:
+        pass
+    counts, instances = np.zeros(len(job.classes), np.int64), []
+    for name, sources in (("train", job.train), ("validation", job.validation)):
+        for number, source in enumerate(sources):
+            region = Region(source, keep_bytes=0, scaling_sample=1)
+            say(f"looking at the labels of {source.labels}")
+            found = _counted(region, check)
+            region.close()
+            if not found:
+                raise BadRequest("not one voxel of the region has a label", where=f"{name}.{number}", todo="choose another region")
+            if job.target == "classes" and (max(found) >= len(job.classes) or min(found) < 0):
+                raise BadRequest(f"labels {min(found)}..{max(found)}, but {plural(len(job.classes), 'class')} (0..{len(job.classes) - 1})",
+                                 where=f"{name}.{number}", todo="name all classes in `classes`, and the label of unknown voxels in `unknown`")
+            if name == "train":
+                if job.target == "classes":
+                    np.add.at(counts, list(found), list(found.values()))
+                instances.append(sum(1 for label in found if label))
+    if job.target == "classes":
+        for k, name in enumerate(job.classes):
+            if not counts[k]:
+                say(f"class {k} ({name}) does not occur in the training regions: nothing will be learned of it")
+        if not counts[1:].any():
+            raise BadRequest("the training regions hold background alone", where="train", todo="choose regions with labels")
+    elif not sum(instances):
+        raise BadRequest("the training regions hold no instance", where="train", todo="choose regions with labels")
+    result = {"counts": counts.tolist(), "instances": instances}
+    store.put(SURVEY_KEY, json.dumps(result).encode())
+    return result
+
+
+def _counted(region: Region, check: Callable[[], None]) -> dict[int, int]:
+    """Label -> voxels, over at most BLOCKS boxes spread evenly over a region."""
+    shape = region.label_grid.shape
+    places = [(z, y, x) for z in range(0, shape[0], SIDE) for y in range(0, shape[1], SIDE) for x in range(0, shape[2], SIDE)]
+    if len(places) > BLOCKS:
+        places = [places[i] for i in np.linspace(0, len(places) - 1, BLOCKS).round().astype(int)]
+    found: dict[int, int] = {}
+    for place in places:
+        check()
+        labels, known = region.labels(place, tuple(min(SIDE, n - p) for n, p in zip(shape, place, strict=True)))  # type: ignore[arg-type]
+        for label, count in zip(*(v.tolist() for v in np.unique(labels[known], return_counts=True)), strict=True):
+            found[label] = found.get(label, 0) + count
+    return found
