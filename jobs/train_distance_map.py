@@ -8,6 +8,7 @@ The same job as `dinoray train distance-map FILE.yaml`; `key=value` overrides fi
 import sys
 
 from dinoray.cli.train import run_training_script
+from dinoray.config import TrainDistanceMapJob
 
 if __name__ == "__main__":
-    sys.exit(run_training_script(sys.argv[1:]))
+    sys.exit(run_training_script(TrainDistanceMapJob, sys.argv[1:]))

@@ -6,6 +6,7 @@ Every field has its docstring; units stand in the names. A field changes results
 
 from dinoray.config.base import EXECUTION_FIELDS, FeatureJob, UnitJob
 from dinoray.config.building import build_job, canonical_json, read_job_file, recorded_job, recorded_model
+from dinoray.config.fusion import TrainContextFusionJob
 from dinoray.config.images import CollectionJob, ExtractCellsJob, ExtractImagesJob, ExtractJob, channel_groups
 from dinoray.config.secrets import secret_in_url, without_secrets
 from dinoray.config.segmentation import SegmentCellsJob
@@ -13,6 +14,6 @@ from dinoray.config.training import TrainDistanceMapJob, TrainingJob
 from dinoray.config.volumes import ExtractVolumeJob
 
 __all__ = ["EXECUTION_FIELDS", "CollectionJob", "ExtractCellsJob", "ExtractImagesJob", "ExtractJob", "ExtractVolumeJob",
-           "FeatureJob", "SegmentCellsJob", "TrainDistanceMapJob", "TrainingJob", "UnitJob", "build_job", "canonical_json",
+           "FeatureJob", "SegmentCellsJob", "TrainContextFusionJob", "TrainDistanceMapJob", "TrainingJob", "UnitJob", "build_job", "canonical_json",
            "channel_groups", "read_job_file",
            "recorded_job", "recorded_model", "secret_in_url", "without_secrets"]

@@ -21,11 +21,13 @@ from dinoray.training.parameters import parameter_groups
 from dinoray.training.volume_regions import Region
 from dinoray.training.volume_samples import CropSample, CropSampler
 from dinoray.training.workers import Workers
-from dinoray.vision.affinities import affinities, boundary_weights
+from dinoray.vision.affinities import affinities, boundary_weights, components
 from dinoray.vision.fusion_model import FusionModel, FusionRecord
-from dinoray.vision.volume_metrics import class_scores, confusion
+from dinoray.vision.volume_metrics import Contingency, class_scores, confusion, instance_score
 from dinoray.vision.voxel_losses import Pair, affinity_loss, class_loss
 
+THRESHOLDS = tuple(round(0.1 + 0.05 * i, 2) for i in range(17))
+"""Affinities above one of them join voxels; the best on the validation is kept."""
 SMOOTHING = 0.04
 """Targets of affinities are drawn to 0.5 by this."""
 
@@ -130,6 +132,32 @@ class ContextFusionTask:
             scores = class_scores(np.array(cells).reshape(table.shape), list(job.classes))
             figures["iou"] = float(np.nanmean([s.iou for s in scores[1:]] or [0.0]))
         return figures
+
+    def figures(self, workers: Workers) -> tuple[dict[str, float], float]:
+        """(figures for the checkpoint, the threshold of affinities) on the validation crops: of classes IoU and Dice of each; of
+        affinities the adapted Rand error and the variation of information of connected components, at the best of THRESHOLDS."""
+        job = self.job
+        if job.target == "classes":
+            found = self.validate(workers)
+            return {f"validation_{name}": value for name, value in found.items()}, 0.5
+        names = ("rand_error", "vi_split", "vi_merge")
+        totals, crops = np.zeros((len(THRESHOLDS), len(names))), 0
+        for place in workers.share(self._validation_places()):
+            sample = self._with_target(self.validation.at(*place))
+            values = torch.sigmoid(self._scored(sample)[2])[0].float().cpu().numpy()
+            truth, known = sample.sample.labels, sample.sample.known
+            if not (truth[known] != 0).any():
+                continue
+            crops += 1
+            for k, threshold in enumerate(THRESHOLDS):
+                score = instance_score(Contingency().add(components(values, threshold), truth, known))
+                totals[k] += [getattr(score, name) for name in names]
+        crops_, *sums = workers.total(crops, *totals.ravel().tolist())
+        if not crops_:
+            return {}, 0.5
+        means = np.array(sums).reshape(totals.shape) / crops_
+        best = int(np.argmin(means[:, 0]))
+        return {f"validation_{name}": float(v) for name, v in zip(names, means[best], strict=True)}, THRESHOLDS[best]
 
     def _scored(self, sample: Sample) -> tuple[float, float, torch.Tensor]:
         found: list[torch.Tensor] = []

@@ -20,7 +20,7 @@ Report = Callable[[dict[str, float]], None]
 
 @dataclass(frozen=True)
 class TrainingSpec:
-    """`kind` is `distance-map`; `job` a job's `model_dump`, every `auto` settled."""
+    """`kind` is `distance-map` or `context-fusion`; `job` a job's `model_dump`, every `auto` settled."""
 
     kind: str
     out: str
@@ -68,8 +68,13 @@ def run_worker(spec: TrainingSpec, report: Report = lambda metrics: None) -> Non
         device = torch.device("cuda", torch.cuda.current_device())
     if spec.token:
         refuse_other_output(spec, open_store(spec.out))
-    if spec.kind != "distance-map":
-        raise BadRequest(f"no training is called {spec.kind!r}", todo="use distance-map")
-    from dinoray.training.distance_worker import run_distance_map
+    if spec.kind == "distance-map":
+        from dinoray.training.distance_worker import run_distance_map
 
-    run_distance_map(spec, Workers(device), report)
+        run_distance_map(spec, Workers(device), report)
+    elif spec.kind == "context-fusion":
+        from dinoray.training.fusion_worker import run_context_fusion
+
+        run_context_fusion(spec, Workers(device), report)
+    else:
+        raise BadRequest(f"no training is called {spec.kind!r}", todo="use distance-map or context-fusion")

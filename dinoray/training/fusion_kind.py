@@ -1,0 +1,65 @@
+"""The context-fusion training as the driver sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dinoray.config.fusion import TrainContextFusionJob
+from dinoray.errors import BadRequest
+from dinoray.io.stores import Store
+from dinoray.training.fusion_worker import build_model
+from dinoray.training.kinds import Say, Sets
+from dinoray.training.volume_samples import CropSampler
+from dinoray.training.volume_sets import ListedVolume, digest, listed, opened, refuse_shared, survey
+from dinoray.vision.backbone import Backbone
+from dinoray.vision.decoders.unet3d import NORMS
+
+
+class ContextFusionKind:
+    """`TrainingKind` of volumes."""
+
+    def settled(self, job: TrainContextFusionJob) -> TrainContextFusionJob:
+        if job.backbone_learning_rate is not None:
+            raise BadRequest("the backbone of a context-fusion training is frozen", where="backbone_learning_rate", todo="leave it out")
+        return job
+
+    def sets(self, job: TrainContextFusionJob) -> Sets:
+        found: Sets = {"train": listed(job.train), "validation": listed(job.validation)}
+        refuse_shared(found["train"], found["validation"])
+        return found
+
+    def digest(self, listed: Sequence[ListedVolume]) -> str:
+        return digest(listed)
+
+    def probe(self, job: TrainContextFusionJob, sets: Sets) -> tuple[Backbone | None, int]:
+        regions = opened(job, (*job.train, *job.validation), 0.0)
+        try:
+            CropSampler(job, regions)  # refuses regions that no crop fits
+            model = build_model(job, job.weights, None, regions[0].factor)
+        finally:
+            for region in regions:
+                region.close()
+        return model.backbone, sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    def notes(self, job: TrainContextFusionJob, sets: Sets) -> list[str]:
+        notes = []
+        if NORMS[job.norm]:
+            notes.append(f"norm={job.norm}: {NORMS[job.norm]}")
+        if job.dropout:
+            notes.append("dropout: micro-batches and the number of workers change the training")
+        if job.uses_backbone and (job.weights or "").startswith("random"):
+            notes.append("the backbone has random weights and is not trained: its tokens say little")
+        return notes
+
+    def survey(self, job: TrainContextFusionJob, store: Store, sets: Sets, say: Say, check: Callable[[], None]) -> None:
+        survey(job, store, say, check)
+
+    def same_content(self, job: TrainContextFusionJob, store: Store, sets: Sets, say: Say) -> bool:
+        return False  # volumes are too large to be read for that
+
+    def closing(self, config: dict[str, Any]) -> list[str]:
+        return []
+
+    def usage(self, checkpoint: str) -> str:
+        return f"dinoray segment volume VOLUME --checkpoint {checkpoint} --out OUT"
