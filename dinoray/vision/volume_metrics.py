@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dinoray.vision.instance_metrics import Overlaps, match
+
 
 @dataclass(frozen=True)
 class ClassScore:
@@ -59,20 +61,28 @@ class Contingency:
         self._pairs: dict[tuple[int, int], int] = {}
 
     def add(self, pred: np.ndarray, truth: np.ndarray, known: np.ndarray | None = None) -> Contingency:
-        """A block. The truth's background is left out."""
-        scored = truth != 0 if known is None else (truth != 0) & known
-        pairs, counts = np.unique(np.stack([truth[scored].astype(np.int64), pred[scored].astype(np.int64)]), axis=1,
-                                  return_counts=True)
+        """A block; only `known` voxels count. Returns itself."""
+        if known is not None:
+            pred, truth = pred[known], truth[known]
+        pairs, counts = np.unique(np.stack([truth.ravel().astype(np.int64), pred.ravel().astype(np.int64)]), axis=1, return_counts=True)
         for t, p, n in zip(*pairs.tolist(), counts.tolist(), strict=True):
             self._pairs[t, p] = self._pairs.get((t, p), 0) + n
         return self
 
     def table(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(true id, predicted id, voxels) of each pair that occurs."""
+        """(true id, predicted id, voxels) of each pair that occurs, background (0) included."""
         if not self._pairs:
             return (np.zeros(0, np.int64),) * 3
         keys = np.array(list(self._pairs), np.int64)
         return keys[:, 0], keys[:, 1], np.array(list(self._pairs.values()), np.int64)
+
+    def overlaps(self) -> Overlaps:
+        """The same as a table of overlapping objects, for matching by IoU."""
+        truth, pred, counts = self.table()
+        (truth_ids, truth_px), (pred_ids, pred_px) = (_sizes(ids, counts) for ids in (truth, pred))
+        both = (truth != 0) & (pred != 0)
+        return Overlaps(pred_ids, pred_px, truth_ids, truth_px, np.searchsorted(pred_ids, pred[both]),
+                        np.searchsorted(truth_ids, truth[both]), counts[both])
 
 
 @dataclass(frozen=True)
@@ -99,6 +109,8 @@ def instance_score(found: Contingency) -> InstanceScore:
     as in SNEMI3D's script, so that predicting nothing is no way to score well.
     """
     true_ids, pred_ids, counts = found.table()
+    scored = true_ids != 0
+    true_ids, pred_ids, counts = true_ids[scored], pred_ids[scored], counts[scored]
     total = int(counts.sum())
     if not total:
         return InstanceScore(*(float("nan"),) * 5, 0)
@@ -115,6 +127,21 @@ def instance_score(found: Contingency) -> InstanceScore:
     h_true, h_pred = _entropy(per_true, n), _entropy(per_pred, n) + lonely / n * np.log2(n)
     return InstanceScore(1 - 2 * precision * recall / (precision + recall), precision, recall, max(0.0, h_joint - h_true),
                          max(0.0, h_joint - h_pred), total)
+
+
+def average_precision(found: Contingency, threshold: float = 0.5) -> float:
+    """TP / (TP + FP + FN) of objects matched at an IoU of `threshold` or more; NaN without any object."""
+    table = found.overlaps()
+    matched = len(match(table, threshold))
+    return _ratio(matched, len(table.truth_ids) + len(table.pred_ids) - matched)
+
+
+def _sizes(ids: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(ids above 0, rising; their voxels)."""
+    found, inverse = np.unique(ids, return_inverse=True)
+    sums = np.zeros(len(found), np.int64)
+    np.add.at(sums, inverse, counts)
+    return found[found != 0], sums[found != 0]
 
 
 def _sums(ids: np.ndarray, counts: np.ndarray) -> np.ndarray:

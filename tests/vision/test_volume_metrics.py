@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.metrics import adapted_rand_error, variation_of_information
 
-from dinoray.vision.volume_metrics import Contingency, class_scores, confusion, instance_score
+from dinoray.vision.instance_metrics import score_image
+from dinoray.vision.volume_metrics import Contingency, average_precision, class_scores, confusion, instance_score
 
 
 @settings(max_examples=40, deadline=None)
@@ -68,3 +69,15 @@ def test_classes_by_hand() -> None:
 
 def test_nothing_to_score_is_nan() -> None:
     assert math.isnan(instance_score(Contingency().add(np.ones((2, 2, 2), int), np.zeros((2, 2, 2), int))).rand_error)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10_000))
+def test_average_precision_is_that_of_images(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    truth = np.kron(rng.integers(0, 5, (2, 3, 4)), np.ones((2, 2, 2), int))
+    pred = np.where(rng.random(truth.shape) < 0.8, truth, rng.integers(0, 9, truth.shape))
+    score = score_image(pred, truth, thresholds=(0.5,))
+    wanted = score.tp[0] / max(1, score.truth + score.pred - score.tp[0])
+    found = average_precision(Contingency().add(pred[:2], truth[:2]).add(pred[2:], truth[2:]))
+    assert found == pytest.approx(wanted) or (math.isnan(found) and not score.truth + score.pred)
