@@ -107,7 +107,8 @@ def train_distance_map(job: TrainDistanceMapJob, say: Callable[[str], None] = pr
                 from dinoray.cluster.trainer import run_workers
 
                 # until workers are at work, nobody but the driver sees a wish to stop
-                run_workers(spec, say, check=lambda: driver.check_lost() if watch.begun else driver.check(), begun=lambda: watch.begun)
+                run_workers(spec, say, check=lambda: driver.check_lost() if watch.begun else driver.check(),
+                            begun=lambda: watch.begun)
         progress = read_progress(store)
         if not progress.get("ended"):
             raise Stopped(f"training stopped at step {progress.get('step', 0)} of {job.steps}; a state is saved", where=job.out,
@@ -130,8 +131,8 @@ def _refuse_idle_statistics(job: TrainDistanceMapJob) -> None:
     """Raise BadRequest for batch norms on workers that never see a sample: their statistics would be averaged in."""
     workers, parts = 1 if job.no_ray else int(job.workers.split(",")[-1]), -(-job.batch_size // job.micro_batch)
     if job.norm == "batch" and workers > parts:
-        raise BadRequest(f"norm=batch needs samples on every worker, and {workers} workers share {plural(parts, 'micro-batch')} of a "
-                         "step", where="workers", todo="use norm=layer, fewer workers, or a smaller micro_batch")
+        raise BadRequest(f"norm=batch needs samples on every worker, and {workers} workers share {plural(parts, 'micro-batch')} of "
+                         "a step", where="workers", todo="use norm=layer, fewer workers, or a smaller micro_batch")
 
 
 def _notes(job: TrainDistanceMapJob) -> list[str]:
