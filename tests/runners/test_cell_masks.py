@@ -536,6 +536,17 @@ def test_the_scale_is_estimated_where_nobody_tells_it(tmp_path: Path) -> None:
         assert data_objects(tmp_path / f"again{i}") == data_objects(tmp_path / "out")
 
 
+def test_the_smallest_area_takes_no_part_in_the_estimate(tmp_path: Path) -> None:
+    """Cells of some 600 px, for a model whose cells have a ninth of that: 200 px is small in the image, not at that scale."""
+    checkpoint = seeing_checkpoint(tmp_path / "ck", median_diameter_px=9.0)
+    write(tmp_path / "in" / "a.tif", as_16_bit(np.kron(blobs((96, 112), 18, 1), np.ones((3, 3)))))
+    for name, smallest in (("all", 0), ("large", 200)):
+        run_segment(tmp_path / "in", checkpoint, tmp_path / name, min_area_px=smallest)
+    rows = [open_masks(tmp_path / name).images.table().to_pylist()[0] for name in ("all", "large")]
+    assert rows[0]["scale_source"] == "estimated" and rows[0]["scale"] < 0.5
+    assert rows[0]["scale"] == rows[1]["scale"] and rows[0]["num_cells"] == rows[1]["num_cells"] == 18
+
+
 @pytest.mark.parametrize("model_um", [None, 0.5])
 def test_a_pixel_size_that_sets_no_scale_is_said_and_not_advised(tmp_path: Path, model_um: float | None) -> None:
     checkpoint = seeing_checkpoint(tmp_path / "ck", median_diameter_px=20.0, pixel_size_um=model_um)
