@@ -137,6 +137,7 @@ def test_missing_predictions_are_said(folders, tmp_path: Path, monkeypatch, caps
     assert json.loads((tmp_path / "o/evaluation.json").read_text())["images"][0]["pred"] == 0
     code, text, _ = call(monkeypatch, capsys, *argv, "--ids", "b,worst")
     assert code == 0 and "all images: 2 images, 7 true objects, 7 predicted" in text
+    assert "1 prediction without true labels not scored: extra" in text, "those of images that were not asked for have some"
 
 
 @pytest.mark.parametrize(("flags", "message"), [

@@ -53,7 +53,8 @@ def cells(
         source = truth if kind == "labels" else build_job(LabelledSource, {"images": truth, "kind": kind})
     notes: list[str] = []
     found = list_truth(source, notes.append)
-    pairs, unused = pair_up(list_predictions(pred), choose(found, chosen) if chosen else found, allow_missing=allow_missing)
+    pairs, unused = pair_up(list_predictions(pred), found, only=choose(found, chosen) if chosen else None,
+                            allow_missing=allow_missing)
     settings = {"pred": pred, "truth": truth, "kind": kind, "images": images, "ids": ids, "groups": groups, "by": by}
     result = evaluate_cells(pairs, thresholds=_numbers(thresholds), resamples=bootstrap, seed=seed, settings=settings,
                             groups=read_groups(groups, by) if groups else None)
