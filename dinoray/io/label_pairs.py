@@ -94,7 +94,7 @@ def list_predictions(source: str) -> dict[str, Truth]:
     output, found, _ = source.rpartition(f"/{MASKS}")
     encoded = inside is not None or bool(found) and _is_folder(f"{output}/_dinoray")
     labels = _label_files(inside or source, encoded=encoded)[0]
-    return {name: LabelFile(item.files[0]) for name, item in labels.items()}
+    return {name: LabelFile(item.files[0], may_be_binary=True) for name, item in labels.items()}
 
 
 def masks_of_output(source: str) -> str | None:

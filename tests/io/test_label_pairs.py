@@ -141,7 +141,8 @@ def test_ids(tmp_path: Path) -> None:
         choose(truth, ["a", "x"])
 
 
-@pytest.mark.parametrize(("only", "paired"), [(["c"], {"c": "c.tif"}), (["b/a"], {"b/a": "b/a.tif"}), (["a"], None), (["a", "c"], None)])
+@pytest.mark.parametrize(("only", "paired"), [
+    (["c"], {"c": "c.tif"}), (["b/a"], {"b/a": "b/a.tif"}), (["a"], None), (["a", "c"], None)])
 def test_ids_leave_the_refusal_of_what_fits_several_images(tmp_path: Path, only: list[str], paired: dict | None) -> None:
     """b/a.tif is the prediction of b/a, whether or not b/a is asked for: it must not be scored as that of a."""
     truth = list_truth(files(tmp_path / "truth", "a.tif", "b/a.tif", "c.tif", "d.tif"))
