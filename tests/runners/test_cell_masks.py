@@ -12,8 +12,10 @@ import tifffile
 from PIL import Image
 
 from dinoray import open_features, open_masks
+from dinoray.config import SegmentCellsJob
 from dinoray.errors import BadRequest, ChangedRequest, OutputDamaged, WeightsError
 from dinoray.io.stores import open_store
+from dinoray.resolve_checkpoint import resolve_checkpoint
 from dinoray.runners.gathering import Gathering
 from dinoray.verification import open_run, verify_deep, verify_fast
 from dinoray.vision.distance_model import load_segmenter
@@ -484,6 +486,30 @@ def test_another_checkpoint_is_another_request(fields: Path, checkpoint: Path, t
     for file in checkpoint.iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
     assert run_segment(fields, copy, tmp_path / "out").executed_units == 0, "the same checkpoint elsewhere is the same"
+
+
+def test_the_range_of_sizes_that_are_left_as_they_are_is_part_of_the_request(fields: Path, tmp_path: Path) -> None:
+    """It decides estimated scales."""
+    first, second = (seeing_checkpoint(tmp_path / name, median_diameter_px=20.0, diameter_range_px=seen)
+                     for name, seen in (("a", (15.0, 30.0)), ("b", (5.0, 30.0))))
+    run_segment(fields, first, tmp_path / "out")
+    assert run_segment(fields, first, tmp_path / "out").executed_units == 0
+    with pytest.raises(ChangedRequest, match=r"checkpoint.diameter_range_px: \[15.0, 30.0\] -> \[5.0, 30.0\]"):
+        run_segment(fields, second, tmp_path / "out")
+
+
+def test_a_shared_staging_holds_each_config_of_the_same_weights(tmp_path: Path) -> None:
+    """What actors load is what the driver has read: a config.json that was changed is staged beside the older one."""
+    found = []
+    for name, diameter in (("a", 20.0), ("b", 40.0), ("c", 20.0)):
+        checkpoint = seeing_checkpoint(tmp_path / name, median_diameter_px=diameter)
+        job = SegmentCellsJob(sources=("in",), out=str(tmp_path / "out"), checkpoint=str(checkpoint), no_ray=True,
+                              staging=str(tmp_path / "shared"))
+        resolved = resolve_checkpoint(job)
+        found.append((resolved.digest, resolved.weights_location()))
+        assert load_segmenter(found[-1][1])[1].median_diameter_px == diameter
+    assert found[0][0] == found[1][0] and found[0][1] != found[1][1]
+    assert found[2] == found[0], "the same checkpoint elsewhere is not staged again"
 
 
 def test_a_damaged_or_missing_checkpoint_leaves_no_trace(fields: Path, checkpoint: Path, tmp_path: Path) -> None:
