@@ -21,7 +21,7 @@ def field_of(image: DecodedImage, channel: str) -> Field:
     """The image as it comes from the decode threads, scaled by its own percentiles."""
     job = SegmentCellsJob(sources=("in",), out="out", checkpoint="c", channel=channel, scaling="image")
     item = Item("a.tif", (FileRef("a.tif", 1, "1"),), group="g")
-    return choose(item, LoadedItem(image, 1, 0.0, 0.0), job, PERCENTS, None)
+    return choose(item, LoadedItem(image, 0.0, 0.0, 1), job, PERCENTS, None)
 
 
 def sparse(dtype: str) -> np.ndarray:
