@@ -243,11 +243,11 @@ def test_predictions_that_are_all_binary_masks_are_refused(folders: tuple[Path, 
 
 
 def test_thresholds_are_checked_before_a_file_is_read(folders: tuple[Path, Path]) -> None:
-    pairs = pairs_of(folders)
+    pairs, done = pairs_of(folders), []
     (folders[0] / "a.tif").unlink()
     with pytest.raises(BadRequest, match="IoU thresholds 0.5, .*, 1.5") as refused:
-        evaluate_cells(pairs, thresholds=[1.5])
-    assert refused.value.where == "thresholds"
+        evaluate_cells(pairs, thresholds=[1.5], done=done.append)
+    assert refused.value.where == "thresholds" and not done
 
 
 def test_groups_that_cannot_be_read(tmp_path: Path, folders) -> None:
