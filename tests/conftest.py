@@ -20,10 +20,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # two lanes on two cores: more threads 
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For `pytest -n 2 --dist loadgroup`: one lane runs what starts Ray, the longest of all, from the beginning; each other
     file stays together, for its fixtures."""
-    if config.getoption("dist", "no") != "loadgroup":
+    if "PYTEST_XDIST_WORKER" not in os.environ:
         return
 
     def starts_ray(item: pytest.Item) -> bool:
