@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-LANES = -n 2 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: install demo test test-all lint benchmarks soak clean
 
@@ -18,10 +17,10 @@ demo: install
 	$(BIN)/dinoray demo --out demo_out
 
 test: install
-	$(BIN)/python -m pytest $(LANES)
+	$(BIN)/python tests/lanes.py
 
 test-all: install
-	$(BIN)/python -m pytest $(LANES) -m ''
+	$(BIN)/python tests/lanes.py --all
 
 lint: install
 	$(BIN)/ruff check .

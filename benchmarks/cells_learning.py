@@ -50,14 +50,17 @@ from dinoray.training.workers import Workers
 from dinoray.vision.blending import Blend
 from dinoray.vision.bootstrap import paired_bootstrap, summarise
 from dinoray.vision.instance_metrics import ImageScore, score_image
-from dinoray.vision.instances import instances
+from dinoray.vision.instances import H, instances
 from dinoray.vision.thresholds import search
 
 ROOT = Path(__file__).parent.parent
 SPLITS = ROOT / "tests/splits.json"
 METRICS = ["AP@0.5", "AP@0.75", "AP@0.5:0.95", "SEG", "DET", "OP_CSB"]
-PEAKS = [round(0.25 + 0.05 * i, 2) for i in range(12)]
-FILLS = [round(0.03 + 0.02 * i, 2) for i in range(10)]
+PEAKS = [round(0.2 + 0.05 * i, 2) for i in range(9)]
+FILLS = [round(0.03 + 0.02 * i, 2) for i in range(8)]
+MARKERS = [("components", H), *(("hmaxima", h) for h in (0.05, 0.1, 0.15, 0.25))]
+MIN_AREA = 20
+"""px; the smallest object of the training images has 21."""
 
 
 class Bench:
@@ -96,7 +99,7 @@ class Bench:
         ours = build_model(self.job, TrainingSpec("distance-map", "", "", weights="random:0"))
         count = sum(p.numel() for p in ours.parameters())
         zeroed = ZeroedTokens(build_model(self.job, TrainingSpec("distance-map", "", "", weights="random:0")))
-        return {"ours": ours, "zeroed": zeroed, "conv": plain_unet(ours.backbone.config, count, self.job.seed)}
+        return {"ours": ours, "zeroed": zeroed, "conv": plain_unet(ours.backbone.config, count, self.job.seed, self.job.norm)}
 
     def task(self, model: torch.nn.Module, name: str) -> DistanceMapTask:
         """The same samples for any of the networks."""
@@ -194,12 +197,11 @@ class Bench:
                 return [otsu_watershed(_planes(pool, i), *best) for i in range(len(pool))]
         else:
             model = self.trained(name.split("_")[0], folder)
-            best_pair = search(self.maps(name, model, "validation", validation), truths, score=_counts, peaks=PEAKS, fills=FILLS,
-                           threads=available_cores()).best
-            chosen = {"peak": best_pair.peak, "fill": best_pair.fill, "validation_ap50": best_pair.image_mean}
+            settings, ap50 = best_settings(self.maps(name, model, "validation", validation), truths)
+            chosen = {**settings, "validation_ap50": ap50}
 
             def labels(which: str, pool: ImagePool) -> list[np.ndarray]:
-                return [instances(m, peak=best_pair.peak, fill=best_pair.fill) for m in self.maps(name, model, which, pool)]
+                return [instances(m, **settings) for m in self.maps(name, model, which, pool)]
         scores = {}
         for which, pool in (("test", self.test), ("phase", self.phase)):
             predicted = labels(which, pool)
@@ -210,6 +212,16 @@ class Bench:
             for i, found in enumerate(predicted):
                 tifffile.imwrite(folder_ / f"{pool.images[i].image_id.replace('/', '_')}.tif", found, compression="zlib")
         return {"chosen": chosen, **scores}
+
+
+def best_settings(maps: Sequence[np.ndarray], truths: Sequence[np.ndarray]) -> tuple[dict[str, Any], float]:
+    """Arguments of `instances` that score best, and their image-mean AP50."""
+    found = []
+    for markers, h in MARKERS:
+        best = search(maps, truths, score=counts_of, peaks=PEAKS, fills=FILLS, threads=available_cores(), markers=markers, h=h,
+                      min_area=MIN_AREA).best
+        found.append(({"markers": markers, "h": h, "peak": best.peak, "fill": best.fill, "min_area": MIN_AREA}, best.image_mean))
+    return max(found, key=lambda pair: pair[1])
 
 
 def whole_map(model: torch.nn.Module, planes: np.ndarray, window: int, at_once: int) -> np.ndarray:
@@ -240,13 +252,14 @@ def _planes(pool: ImagePool, number: int) -> np.ndarray:
     return np.broadcast_to(pixels.planes, (3, *pixels.labels.shape))
 
 
-def _counts(found: np.ndarray, truth: np.ndarray) -> tuple[int, int, int]:
+def counts_of(found: np.ndarray, truth: np.ndarray) -> tuple[int, int, int]:
+    """(matches, wrong ones, missed ones) at IoU 0.5."""
     score = score_image(found, truth, thresholds=(0.5,))
     return score.tp[0], score.pred - score.tp[0], score.truth - score.tp[0]
 
 
 def _ap50(found: np.ndarray, truth: np.ndarray) -> float:
-    tp, fp, fn = _counts(found, truth)
+    tp, fp, fn = counts_of(found, truth)
     return tp / (tp + fp + fn) if tp + fp + fn else 1.0
 
 

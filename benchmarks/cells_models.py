@@ -36,16 +36,16 @@ class ZeroedTokens(nn.Module):
 
 
 class PlainUNet(nn.Module):
-    """Ronneberger et al. 2015 with padded convolutions, LayerNorm per pixel as our decoder has, and four poolings."""
+    """Ronneberger et al. 2015 with padded convolutions, the norm that our decoder has, and four poolings."""
 
-    def __init__(self, config, base: int = 32):
+    def __init__(self, config, norm: str, base: int = 32):
         super().__init__()
         self.backbone = SimpleNamespace(config=config)
         widths = [base * 2**k for k in range(5)]
         self.decoder = nn.ModuleDict({
-            "down": nn.ModuleList(conv_block(3 if k == 0 else widths[k - 1], widths[k], "layer") for k in range(5)),
+            "down": nn.ModuleList(conv_block(3 if k == 0 else widths[k - 1], widths[k], norm) for k in range(5)),
             "up": nn.ModuleList(nn.ConvTranspose2d(widths[k + 1], widths[k], 2, stride=2) for k in range(4)),
-            "join": nn.ModuleList(conv_block(2 * widths[k], widths[k], "layer") for k in range(4)),
+            "join": nn.ModuleList(conv_block(2 * widths[k], widths[k], norm) for k in range(4)),
             "head": nn.Conv2d(base, 1, 1)}).to(memory_format=torch.channels_last)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
@@ -67,12 +67,12 @@ class PlainUNet(nn.Module):
         return self.decoder["head"](x).float()
 
 
-def plain_unet(config, parameters: int, seed: int) -> PlainUNet:
+def plain_unet(config, parameters: int, seed: int, norm: str) -> PlainUNet:
     """The PlainUNet whose number of parameters is nearest to `parameters`."""
     torch.manual_seed(seed)
     with torch.device("meta"):
-        counts = {base: sum(p.numel() for p in PlainUNet(config, base).parameters()) for base in range(8, 65)}
-    return PlainUNet(config, min(counts, key=lambda base: abs(counts[base] - parameters)))
+        counts = {base: sum(p.numel() for p in PlainUNet(config, norm, base).parameters()) for base in range(8, 65)}
+    return PlainUNet(config, norm, min(counts, key=lambda base: abs(counts[base] - parameters)))
 
 
 def _normalised(pixels: torch.Tensor, config) -> torch.Tensor:

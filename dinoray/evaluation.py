@@ -17,6 +17,8 @@ import pyarrow.parquet as pq
 
 from dinoray.errors import BadRequest, ItemError
 from dinoray.generations import generations, quarantined_now
+from dinoray.io.decoded import Limits
+from dinoray.io.label_images import BINARY_PIECES, pieces_of_one_value
 from dinoray.io.label_pairs import LabelPair, masks_of_output
 from dinoray.io.stores import open_store, read_bytes
 from dinoray.io.text_tables import text_rows
@@ -25,8 +27,8 @@ from dinoray.report.evaluation_page import render_evaluation
 from dinoray.report.html import write_page
 from dinoray.units import Plan
 from dinoray.vision.bootstrap import POOLINGS, RESAMPLES, Estimate, Summary, summarise
-from dinoray.vision.instance_metrics import THRESHOLDS, ImageScore, score_image
-from dinoray.vision.score_summary import MEAN_AP, Counts, default_metrics, evaluate
+from dinoray.vision.instance_metrics import THRESHOLDS, ImageScore, check_iou_thresholds, score_image
+from dinoray.vision.score_summary import MEAN_AP, Counts, default_metrics, evaluate, threshold_name
 from dinoray.wording import plural
 
 SHOWN = ("SEG", "DET", "OP_CSB", MEAN_AP)
@@ -51,15 +53,15 @@ class Evaluation:
 
 
 def evaluate_cells(pairs: Sequence[LabelPair], *, thresholds: Sequence[float] = (0.5, 0.75), resamples: int = RESAMPLES,
-                   seed: int = 0, groups: Mapping[str, str] | None = None, threads: int | None = None,
+                   seed: int = 0, groups: Mapping[str, str] | None = None, threads: int | None = None, limits: Limits | None = None,
                    settings: Mapping[str, Any] | None = None, done: Callable[[int], None] = lambda number: None) -> Evaluation:
     """Score pairs of label images. Memory: one pair per thread (default: as many as cores, at most 4).
 
     thresholds: IoU thresholds of the tables; counts are kept at 0.5, 0.55, ..., 0.95 besides. resamples: draws of the
-    intervals, 0 for none. groups: image id -> group (others are UNGROUPED). settings: recorded with the result.
-    done: called with the number of images scored so far.
-    Raises BadRequest for no pair, wrong thresholds, and files that are no label images, cannot be read or differ in size (up
-    to five are named); TransientError, SystemicError for storage trouble.
+    intervals, 0 for none. groups: image id -> group (others are UNGROUPED). limits: what label images may declare.
+    settings: recorded with the result. done: called with the number of images scored so far.
+    Raises BadRequest for no pair, wrong thresholds, predictions that are binary masks, and files that are no label images, cannot
+    be read or differ in size (up to five are named); TransientError, SystemicError for storage trouble.
     """
     if not pairs:
         raise BadRequest("there is nothing to score", todo="give at least one pair of label images")
@@ -67,22 +69,25 @@ def evaluate_cells(pairs: Sequence[LabelPair], *, thresholds: Sequence[float] = 
         raise BadRequest(f"{resamples} draws with seed {seed}", where="--bootstrap", todo="give numbers of 0 or above")
     wanted = sorted({float(t) for t in thresholds})
     kept = tuple(sorted({*THRESHOLDS, *wanted}))
-    scores, problems = [], []
+    check_iou_thresholds(kept)
+    scored, problems = [], []
     with ThreadPoolExecutor(threads or min(4, available_cores())) as pool:
-        for number, result in enumerate(pool.map(lambda pair: _score(pair, kept), pairs), 1):
-            (scores if isinstance(result, ImageScore) else problems).append(result)
+        for number, result in enumerate(pool.map(lambda pair: _score(pair, kept, limits), pairs), 1):
+            (problems if isinstance(result, str) else scored).append(result)
             done(number)
     if problems:
         more = f"\n  and {len(problems) - _NAMED:,} more" if len(problems) > _NAMED else ""
         raise BadRequest(f"{len(problems):,} of {len(pairs):,} pairs cannot be scored:\n  " + "\n  ".join(problems[:_NAMED]) + more,
                          todo="mend these files, or choose others with --ids")
+    notes, scores = _binary_notes(scored), [score for score, _ in scored]
     metrics = [*SHOWN, *(metric for metric in default_metrics(wanted) if "@" in metric and metric != MEAN_AP)]
     group_of = {score.image_id: groups.get(score.image_id, UNGROUPED) for score in scores} if groups is not None else {}
     by_group: dict[str, list[ImageScore]] = {}
     for score in scores if group_of else []:
         by_group.setdefault(group_of[score.image_id], []).append(score)
     missing = sorted(pair.image_id for pair in pairs if pair.pred is None)
-    notes = [f"{plural(len(missing), 'image')} without a prediction, scored as empty: {_some(missing)}"] if missing else []
+    if missing:
+        notes.append(f"{plural(len(missing), 'image')} without a prediction, scored as empty: {_some(missing)}")
     if group_of and UNGROUPED in by_group and len(by_group) == 1:
         raise BadRequest("none of the images has a group", where="--groups",
                          todo=f"the groups are by image id, such as {scores[0].image_id!r}")
@@ -92,13 +97,28 @@ def evaluate_cells(pairs: Sequence[LabelPair], *, thresholds: Sequence[float] = 
         {"thresholds": wanted, "bootstrap": resamples, "seed": seed, **(settings or {})}, notes, list(pairs))
 
 
-def _score(pair: LabelPair, thresholds: tuple[float, ...]) -> ImageScore | str:
-    """The score, or one line that says what is wrong with the pair."""
+def _score(pair: LabelPair, thresholds: tuple[float, ...], limits: Limits | None) -> tuple[ImageScore, int] | str:
+    """(the score, the pieces of a prediction of one value), or one line that says what is wrong with the pair."""
     try:
-        pred, truth = pair.read()
+        pred, truth = pair.read(limits)
     except (ItemError, BadRequest) as error:
         return f"{pair.image_id}: {error.what} [{error.where}]"
-    return score_image(pred, truth, image_id=pair.image_id, thresholds=thresholds)
+    return score_image(pred, truth, image_id=pair.image_id, thresholds=thresholds), pieces_of_one_value(pred)
+
+
+def _binary_notes(scored: Sequence[tuple[ImageScore, int]]) -> list[str]:
+    """A note of predictions that look like binary masks, and are scored as one object each.
+
+    Raises BadRequest where all predictions have one value, and most of them have it in many pieces.
+    """
+    pieces = {score.image_id: count for score, count in scored if score.pred}
+    binary = sorted(name for name, count in pieces.items() if count >= BINARY_PIECES)
+    if 2 * len(binary) > len(pieces) and all(pieces.values()):
+        raise BadRequest(f"the predictions are binary masks, not labels: each has one value besides 0, {len(binary):,} of "
+                         f"{len(pieces):,} in {BINARY_PIECES} or more separate pieces: {_some(binary)}", where="--pred",
+                         todo="give each cell its own number (skimage.measure.label)")
+    return [f"{plural(len(binary), 'prediction')} of one value in {BINARY_PIECES} or more separate pieces, scored as one object "
+            f"each: {_some(binary)}"] if binary else []
 
 
 def output_notes(pred: str) -> list[str]:
@@ -209,7 +229,7 @@ def _parquet(evaluation: Evaluation) -> bytes:
     for name in ("truth", "pred", "splits", "missed", "spurious"):
         columns[name] = pa.array([getattr(s, name) for s in scores], pa.int64())
     for place, threshold in enumerate(scores[0].thresholds):
-        columns[f"tp@{threshold:g}"] = pa.array([s.tp[place] for s in scores], pa.int64())
+        columns[f"tp@{threshold_name(threshold)}"] = pa.array([s.tp[place] for s in scores], pa.int64())
     for metric in evaluation.summary.metrics:
         columns[metric] = pa.array(np.asarray(evaluate(counts, metric), np.float64), from_pandas=True)
     sink = io.BytesIO()

@@ -48,6 +48,7 @@ def resolve_checkpoint(job: SegmentCellsJob) -> Resolved:
                          todo="give --pixel-size-um, or no size")
     trained = {name: getattr(config, name) for name in ("crop_px", "median_diameter_px", "pixel_size_um")}
     trained["scaling_percents"] = list(config.scaling_percents)
+    trained["diameter_range_px"] = None if config.diameter_range_px is None else list(config.diameter_range_px)
     normalisation = {"mean": list(config.backbone.mean), "std": list(config.backbone.std)}
     identity = {"format": FORMAT, "settings": job.result_settings(), "model": config.backbone.model,
                 "weights_digest": config.weights_digest, "normalisation": normalisation, "checkpoint": trained,
@@ -65,7 +66,8 @@ def resolve_checkpoint(job: SegmentCellsJob) -> Resolved:
     facts = {"digest": config.weights_digest, "source": job.checkpoint, "backbone_digest": config.backbone.digest,
              "normalisation": normalisation, "checkpoint": config.model_dump(mode="json")}
     return Resolved(job, device, identity, {**numerics, "device_kind": used_kind(device)}, fingerprint, config.weights_digest,
-                    facts, described, description, tuple(config.scaling_percents), _stage, (model, config))
+                    facts, described, description, tuple(config.scaling_percents), _stage, (model, config),
+                    staged_as=f"{config.weights_digest}-{fingerprint_of(config.model_dump(mode='json'))}")
 
 
 def _scale_rule(job: SegmentCellsJob, config: SegmenterConfig) -> str:

@@ -41,16 +41,18 @@ class Resolved:
     """Writes what was loaded below a prefix of a store, so that actors need nothing else."""
     loaded: Any = field(default=None, repr=False)
     """The model that the driver loaded to learn its digest; runners in this process compute with it."""
+    staged_as: str = ""
+    """Name of the folder where it is staged, where the digest of the weights does not tell all that is staged."""
 
     def release(self) -> None:
         """Forget the model."""
         self.loaded = None
 
     def weights_location(self) -> str:
-        """What actors load: `random:SEED`, or the folder, named by digest, where the weights are staged now if need be."""
+        """What actors load: `random:SEED`, or the folder, named by digests, where the weights are staged now if need be."""
         if "checkpoint" not in type(self.job).model_fields and (self.job.weights or "").startswith("random"):
             return self.job.weights or ""
-        return staged(self.job.staging or self.job.out, self.digest, partial(self.stage, self.loaded))
+        return staged(self.job.staging or self.job.out, self.staged_as or self.digest, partial(self.stage, self.loaded))
 
 
 def settle_device(job: UnitJob) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Weights where every worker finds them: a folder below the output (or `staging`), named by their digest."""
+"""Weights where every worker finds them: a folder below the output (or `staging`), named by what is in it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ MARKER = "STAGED"
 """Written last: a folder without it is not whole."""
 
 
-def staged(base: str, digest: str, write: Callable[[Store, str], None]) -> str:
-    """URL of the folder `_dinoray/weights/<digest>` of `base`; `write` fills that prefix of the store where it is not there yet."""
-    prefix = f"_dinoray/weights/{digest}"
+def staged(base: str, name: str, write: Callable[[Store, str], None]) -> str:
+    """URL of the folder `_dinoray/weights/<name>` of `base`; `write` fills that prefix of the store where it is not there yet.
+
+    `name` must be the digests of all that `write` writes: a folder that is there is taken as it is.
+    """
+    prefix = f"_dinoray/weights/{name}"
     store = open_store(base)
     if not store.exists(f"{prefix}/{MARKER}"):
         write(store, prefix)

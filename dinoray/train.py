@@ -109,7 +109,8 @@ def train(job: TrainingJob, say: Callable[[str], None] = print, *, command: str 
                 from dinoray.cluster.trainer import run_workers
 
                 # until workers are at work, nobody but the driver sees a wish to stop
-                run_workers(spec, say, check=lambda: driver.check_lost() if watch.begun else driver.check(), begun=lambda: watch.begun)
+                run_workers(spec, say, check=lambda: driver.check_lost() if watch.begun else driver.check(),
+                            begun=lambda: watch.begun)
         progress = read_progress(store)
         if not progress.get("ended"):
             raise Stopped(f"training stopped at step {progress.get('step', 0)} of {job.steps}; a state is saved", where=job.out,

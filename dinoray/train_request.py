@@ -40,8 +40,8 @@ def settled(job: Job, *, has_cuda: bool, recorded: str | None = None) -> Job:
     weights = f"{job.weights}:0" if job.weights == "random" else job.weights
     device = job.device if job.device != "auto" else recorded or ("cuda" if has_cuda else "cpu")
     if device == "cuda" and not has_cuda and job.no_ray:
-        raise BadRequest("there is no CUDA device here" + (", and the training was begun on one" if recorded else ""), where="device",
-                         todo="go on where there is one" if recorded else "use device=cpu")
+        raise BadRequest("there is no CUDA device here" + (", and the training was begun on one" if recorded else ""),
+                         where="device", todo="go on where there is one" if recorded else "use device=cpu")
     precision = job.precision if job.precision != "auto" else ("bfloat16" if device == "cuda" else "float32")
     return absolute_paths(job.model_copy(update={"weights": weights, "device": device, "precision": precision}))
 
@@ -108,7 +108,8 @@ def check_training(store: Store, fingerprint: str, identity: dict[str, Any],
     except (ValueError, KeyError, TypeError) as error:
         raise OutputDamaged(f"the record of the job cannot be read: {error!r}", where=f"{store.url}/{KEY}",
                             todo="restore it from a copy, or use another out") from error
-    if before != fingerprint and store.exists(POINTER):
+    is_training = str(record.get("kind", "")).startswith("train ")
+    if before != fingerprint and (store.exists(POINTER) or not is_training):
         changes = [_with_names(store, line, sets) for line in differences(then, json.loads(canonical_json(identity)))]
         raise ChangedRequest("this output was made with other settings or data:\n  " + "\n  ".join(changes[:20]), where=store.url,
                              todo="use another out, or the same settings to resume")

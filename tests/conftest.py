@@ -15,23 +15,14 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_TMPDIR", tempfile.mkdtemp(prefix="dr-", dir="/tmp"))  # unix sockets need a short path
 os.environ.setdefault("RAY_DISABLE_IMPORT_WARNING", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-if "PYTEST_XDIST_WORKER" in os.environ:  # two lanes on two cores: more threads would only wait for each other
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """For `pytest -n 2 --dist loadgroup`: one lane runs what starts Ray, the longest of all, from the beginning; each other
-    file stays together, for its fixtures."""
-    if config.getoption("dist", "no") != "loadgroup":
-        return
-
-    def starts_ray(item: pytest.Item) -> bool:
-        return item.get_closest_marker("ray") is not None or "local_ray" in getattr(item, "fixturenames", ())
-
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What runs on the Ray of the session starts Ray too (tests/lanes.py)."""
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if starts_ray(item) else item.nodeid.partition("::")[0]))
-    items.sort(key=starts_ray, reverse=True)
+        if "local_ray" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.ray)
 
 
 def texture(shape: tuple[int, ...], seed: int, dtype: str = "uint8") -> np.ndarray:

@@ -12,6 +12,7 @@ import pytest
 import tifffile
 
 from dinoray import cli
+from dinoray.config import SegmentCellsJob
 from dinoray.config.labelled import LabelledSource
 from dinoray.errors import BadRequest
 from dinoray.evaluation import evaluate_cells, read_groups, table_lines
@@ -137,9 +138,41 @@ def test_missing_predictions_are_said(folders, tmp_path: Path, monkeypatch, caps
     assert json.loads((tmp_path / "o/evaluation.json").read_text())["images"][0]["pred"] == 0
     code, text, _ = call(monkeypatch, capsys, *argv, "--ids", "b,worst")
     assert code == 0 and "all images: 2 images, 7 true objects, 7 predicted" in text
+    assert "1 prediction without true labels not scored: extra" in text, "those of images that were not asked for have some"
+
+
+def test_thresholds_of_many_digits_keep_their_names(folders, tmp_path: Path, monkeypatch, capsys) -> None:
+    """Names of six digits would be those of other thresholds: not scored, or two of one name."""
+    code, text, err = call(monkeypatch, capsys, "--pred", folders[0], "--truth", folders[1], "--out", tmp_path / "o",
+                           "--bootstrap", 10, "--thresholds", "0.12345678,0.74999999,0.75,0.75000001")
+    assert (code, err) == (0, "")
+    shown = {line.split()[0]: line.split()[1] for line in text.splitlines() if line.startswith("  ")}
+    names = ("0.12345678", "0.74999999", "0.75", "0.75000001")
+    assert [shown[f"recall@{name}"] for name in names] == ["0.575", "0.575", "0.575", "0.250"]
+    table = pq.read_table(tmp_path / "o/evaluation.parquet").to_pydict()
+    assert (table["tp@0.75"], table["tp@0.75000001"]) == ([8, 1, 0, 0], [0, 0, 0, 0])
+
+
+def test_masks_above_the_limit_of_pixels(folders, monkeypatch, capsys) -> None:
+    argv = ["--pred", folders[0], "--truth", folders[1], "--bootstrap", 0]
+    code, _, err = call(monkeypatch, capsys, *argv, "--max-pixels", 30 * 60 - 1)
+    assert code == 2 and "4 of 4 pairs cannot be scored" in err and "the limit is 1,799 (--max-pixels)" in err
+    assert call(monkeypatch, capsys, *argv, "--max-pixels", 30 * 60)[0] == 0
+    seen: list[Limits] = []
+
+    def watched(pairs: list[LabelPair], *, limits: Limits, **options: object) -> None:
+        seen.append(limits)
+        raise BadRequest("enough")
+
+    monkeypatch.setattr("dinoray.evaluation.evaluate_cells", watched)
+    for pixels in ((), ("--max-pixels", 2**31)):
+        assert "enough" in call(monkeypatch, capsys, *argv, *pixels)[2]
+    assert [limits.max_pixels for limits in seen] == [SegmentCellsJob.model_fields["max_pixels"].default, 2**31]
+    assert seen[1].max_bytes >= 4 * 2**31, "int32, as segment cells writes them"
 
 
 @pytest.mark.parametrize(("flags", "message"), [
+    (["--max-pixels", "0"], "0 pixels"),
     (["--thresholds", "half"], "not numbers"),
     (["--thresholds", "0"], "IoU thresholds 0.0"),
     (["--bootstrap", "-1"], "-1 draws"),
@@ -180,6 +213,41 @@ def test_broken_files_are_named_all_at_once(folders: tuple[Path, Path]) -> None:
     assert "b: labels are integers" in message and "worst_masks.tif" in message
     with pytest.raises(BadRequest, match="nothing to score"):
         evaluate_cells([])
+
+
+def crumbs(value: int, pieces: int) -> np.ndarray:
+    """`pieces` squares of one value."""
+    return np.where(squares(pieces, pieces)[0] > 0, value, 0).astype(np.int32)
+
+
+def test_one_prediction_in_crumbs_is_scored(folders: tuple[Path, Path]) -> None:
+    """One bad object is no reason to refuse the evaluation of all others; true labels of one value still are."""
+    tifffile.imwrite(folders[0] / "a.tif", crumbs(3, 6))
+    found = evaluate_cells(pairs_of(folders), resamples=0)
+    assert found.notes == ["1 prediction of one value in 4 or more separate pieces, scored as one object each: a"]
+    assert [(s.image_id, s.pred, s.tp[0]) for s in found.scores[:2]] == [("a", 1, 0), ("b", 2, 1)]
+    tifffile.imwrite(folders[1] / "b_masks.tif", crumbs(3, 4))
+    with pytest.raises(BadRequest, match=r"1 of 4 pairs cannot be scored:\n  b: one value \(3\) in 4 separate pieces"):
+        evaluate_cells(pairs_of(folders))
+
+
+def test_predictions_that_are_all_binary_masks_are_refused(folders: tuple[Path, Path]) -> None:
+    for name, pieces in (("a", 6), ("b", 1), ("none", 0), ("worst", 4)):
+        tifffile.imwrite(folders[0] / f"{name}.tif", crumbs(255, pieces))
+    with pytest.raises(BadRequest, match=r"binary masks, not labels: each has one value besides 0, 2 of 3 in 4 or more separate "
+                       r"pieces: a, worst") as refused:
+        evaluate_cells(pairs_of(folders))
+    assert refused.value.where == "--pred" and "skimage.measure.label" in refused.value.todo
+    tifffile.imwrite(folders[0] / "worst.tif", crumbs(255, 3))
+    assert len(evaluate_cells(pairs_of(folders), resamples=0).notes) == 1, "single cells, of which one fell to pieces"
+
+
+def test_thresholds_are_checked_before_a_file_is_read(folders: tuple[Path, Path]) -> None:
+    pairs, done = pairs_of(folders), []
+    (folders[0] / "a.tif").unlink()
+    with pytest.raises(BadRequest, match="IoU thresholds 0.5, .*, 1.5") as refused:
+        evaluate_cells(pairs, thresholds=[1.5], done=done.append)
+    assert refused.value.where == "thresholds" and not done
 
 
 def test_groups_that_cannot_be_read(tmp_path: Path, folders) -> None:

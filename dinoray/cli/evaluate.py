@@ -32,11 +32,14 @@ def cells(
                                                "CSV or Parquet table with item_id.")] = None,
     by: Annotated[str | None, typer.Option("--by", help="The column (or key) of --groups that names the group.")] = None,
     allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Score a missing prediction as empty.")] = False,
+    max_pixels: Annotated[int, typer.Option("--max-pixels", help="Largest declared Y*X; above it a label image is refused before "
+                                            "it is decoded.")] = 2**28,
 ) -> None:
     """SEG, DET, OP_CSB, AP, F1 and PQ of instance masks, image-mean and pooled, with intervals (docs/evaluation.md)."""
     from dinoray.config.building import build_job
     from dinoray.config.labelled import LabelledSource
     from dinoray.evaluation import evaluate_cells, output_notes, read_groups, table_lines, write_evaluation
+    from dinoray.io.decoded import Limits
     from dinoray.io.label_pairs import choose, list_predictions, list_truth, pair_up
     from dinoray.wording import plural
 
@@ -46,6 +49,11 @@ def cells(
         raise BadRequest("a DSB folder holds its images itself", where="--images", todo="leave --images out")
     if by is not None and groups is None:
         raise BadRequest("--by names a column of --groups", where="--by", todo="give --groups TABLE")
+    if max_pixels < 1:
+        raise BadRequest(f"{max_pixels} pixels", where="--max-pixels", todo="give a number above 0")
+    # bytes follow from pixels: no label has more than 8
+    limits = Limits(max_pixels=max_pixels, max_bytes=max(Limits.max_bytes, 8 * max_pixels),
+                    max_file_bytes=max(Limits.max_file_bytes, 8 * max_pixels))
     chosen = [name.strip() for text in ids or () for name in text.split(",") if name.strip()]
     if images is not None:
         source = build_job(LabelledSource, {"images": images, "labels": truth, "kind": "auto" if kind == "labels" else kind})
@@ -53,10 +61,11 @@ def cells(
         source = truth if kind == "labels" else build_job(LabelledSource, {"images": truth, "kind": kind})
     notes: list[str] = []
     found = list_truth(source, notes.append)
-    pairs, unused = pair_up(list_predictions(pred), choose(found, chosen) if chosen else found, allow_missing=allow_missing)
+    pairs, unused = pair_up(list_predictions(pred), found, only=choose(found, chosen) if chosen else None,
+                            allow_missing=allow_missing)
     settings = {"pred": pred, "truth": truth, "kind": kind, "images": images, "ids": ids, "groups": groups, "by": by}
-    result = evaluate_cells(pairs, thresholds=_numbers(thresholds), resamples=bootstrap, seed=seed, settings=settings,
-                            groups=read_groups(groups, by) if groups else None)
+    result = evaluate_cells(pairs, thresholds=_numbers(thresholds), resamples=bootstrap, seed=seed, limits=limits,
+                            settings=settings, groups=read_groups(groups, by) if groups else None)
     result.notes[:0] = [*notes, *output_notes(pred)]
     if unused:
         result.notes.append(f"{plural(len(unused), 'prediction')} without true labels not scored: {', '.join(unused[:5])}"

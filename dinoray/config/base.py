@@ -39,7 +39,7 @@ class UnitJob(BaseModel):
     accept_dinov3_license: bool = False
     """You accept the DINOv3 License: the open timm mirror may then be used where the official one is gated."""
     staging: str | None = None
-    """Folder or URL that all actors reach, for the weights (below `_dinoray/weights/<digest>`); default `out`."""
+    """Folder or URL that all actors reach, for the weights (below `_dinoray/weights`); default `out`."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """`auto`: bfloat16 on CUDA, float32 on CPU; fixed in the plan."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -68,14 +68,19 @@ def label_like(image: DecodedImage, uri: str) -> DecodedImage:
 
 def refuse_binary(labels: np.ndarray, uri: str) -> None:
     """Raises ItemError `bad_labels` when labels [Y, X] have one value in BINARY_PIECES or more separate pieces (8-connected)."""
+    pieces = pieces_of_one_value(labels)
+    if pieces >= BINARY_PIECES:
+        raise ItemError("bad_labels", f"one value ({labels.max()}) in {pieces} separate pieces: a binary mask, not labels",
+                        where=uri, todo="give each cell its own number (skimage.measure.label)")
+
+
+def pieces_of_one_value(labels: np.ndarray) -> int:
+    """The separate pieces (8-connected) of labels [Y, X] that have one value besides 0; 0 where they have none or several."""
     top = labels.max(initial=0)
     objects = labels != 0
     if top == 0 or (objects & (labels != top)).any():
-        return
-    pieces = ndimage.label(objects, np.ones((3, 3)))[1]
-    if pieces >= BINARY_PIECES:
-        raise ItemError("bad_labels", f"one value ({top}) in {pieces} separate pieces: a binary mask, not labels",
-                        where=uri, todo="give each cell its own number (skimage.measure.label)")
+        return 0
+    return int(ndimage.label(objects, np.ones((3, 3)))[1])
 
 
 def int32_ids(labels: np.ndarray) -> np.ndarray:

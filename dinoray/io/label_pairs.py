@@ -94,7 +94,7 @@ def list_predictions(source: str) -> dict[str, Truth]:
     output, found, _ = source.rpartition(f"/{MASKS}")
     encoded = inside is not None or bool(found) and _is_folder(f"{output}/_dinoray")
     labels = _label_files(inside or source, encoded=encoded)[0]
-    return {name: LabelFile(item.files[0]) for name, item in labels.items()}
+    return {name: LabelFile(item.files[0], may_be_binary=True) for name, item in labels.items()}
 
 
 def masks_of_output(source: str) -> str | None:
@@ -117,24 +117,27 @@ def choose(truth: Sequence[TrueLabels], ids: Sequence[str]) -> list[TrueLabels]:
     return [known[name] for name in sorted(wanted)]
 
 
-def pair_up(predictions: dict[str, Truth], truth: Sequence[TrueLabels], *, allow_missing: bool = False
-            ) -> tuple[list[LabelPair], list[str]]:
-    """(a pair for each true image in their order, names of the predictions that no true image asks for).
+def pair_up(predictions: dict[str, Truth], truth: Sequence[TrueLabels], *, only: Sequence[TrueLabels] | None = None,
+            allow_missing: bool = False) -> tuple[list[LabelPair], list[str]]:
+    """(a pair for each true image, or each of `only`, in their order; names of the predictions that no true image asks for).
 
-    Raises BadRequest naming up to five images: with several predictions that fit equally well, with one that another image
-    has too, and, unless `allow_missing`, with none; also when not a single image has one.
+    `only`: some of `truth`. A prediction may be that of an image that is not wanted, so all of the truth is looked through.
+    Raises BadRequest naming up to five of the wanted images: with several predictions that fit equally well, with one that
+    fits another image too, and, unless `allow_missing`, with none; also when not a single one has one.
     """
-    parts = _by_part(predictions)
-    chosen = {one.image_id: _fitting(one.image_id, predictions, parts) for one in truth}
+    parts, wanted = _by_part(predictions), truth if only is None else only
+    fitting = {one.image_id: _fitting(one.image_id, predictions, parts) for one in truth}
+    chosen = {one.image_id: fitting[one.image_id] for one in wanted}
     several = [f"{name} ({_some(found, 3)})" for name, found in chosen.items() if len(found) > 1]
     if several:
         raise BadRequest(f"{len(several):,} images have several predictions: {_some(several)}", where="--pred",
                          todo="keep one, or narrow --pred with a glob")
     owners: dict[str, list[str]] = defaultdict(list)
-    for name, found in chosen.items():
-        if found:
-            owners[found[0]].append(name)
-    shared = [f"{pred} ({_some(names, 3)})" for pred, names in owners.items() if len(names) > 1]
+    for name, found in fitting.items():
+        for pred in found:
+            owners[pred].append(name)
+    shared = [f"{pred} ({_some(names, 3)})" for pred, names in owners.items()
+              if len(names) > 1 and (chosen.keys() & names) - {pred}]  # one of its very name alone is sure to be meant
     if shared:
         raise BadRequest(f"{len(shared):,} predictions fit several images: {_some(shared)}", where="--pred",
                          todo="name predictions like the true labels below their folder")
@@ -147,7 +150,7 @@ def pair_up(predictions: dict[str, Truth], truth: Sequence[TrueLabels], *, allow
         raise BadRequest(what, where="--pred",
                          todo=f"{todo}; --allow-missing scores them as empty" if len(missing) < len(chosen) else todo)
     pairs = [LabelPair(one.image_id, one.truth, predictions[chosen[one.image_id][0]] if chosen[one.image_id] else None, one.image)
-             for one in truth]
+             for one in wanted]
     return pairs, sorted(predictions.keys() - owners.keys())
 
 

@@ -19,8 +19,8 @@ from dinoray.ledger import StoredObject
 from dinoray.vision import intensity
 from dinoray.vision.cell_blocks import sample_pixels
 from dinoray.vision.cell_scale import Scale
-from dinoray.vision.quality import percentiles, quality
-from dinoray.vision.segmentation_input import input_row, planes
+from dinoray.vision.quality import percentiles, percentiles_around, quality
+from dinoray.vision.segmentation_input import input_row, planes, share_limits
 from dinoray.vision.segmenter import WindowedImage
 from dinoray.vision.shapes import cell_table
 from dinoray.vision.stitching import Box
@@ -60,13 +60,28 @@ class Field:
                       group=self.look.group, table=self.look.table)
 
     def fix_limits(self) -> None:
-        """From here on all boxes are scaled alike, where intensities are scaled per image: by a sample of the whole."""
+        """From here on all boxes are scaled alike, where intensities are scaled per image: as the whole image would be."""
         if self.look.scaling == "image":
-            sample = sample_pixels(lambda box: self.image.pixels[:, box.y0:box.y1, box.x0:box.x1], *self.shape)
-            pooled = len(self.row.indices) > 1 and (self.image.is_rgb8 or self.row.name == "rgb")  # colours keep their ratio
-            limits = {intensity.scaling_key(self.names[i], sample.dtype):
-                      tuple(percentiles(sample if pooled else sample[i], self.look.percents)) for i in self.row.indices}
+            pixels = self.image.pixels
+            if share_limits(self.row, self.look.channels, self.image.is_rgb8):
+                pair = self._limits(pixels)
+                found = {i: pair for i in self.row.indices}
+            else:
+                found = {i: self._limits(pixels[i:i + 1]) for i in self.row.indices}
+            limits = {intensity.scaling_key(self.names[i], pixels.dtype): pair for i, pair in found.items()}
             self.look = replace(self.look, scaling="plate", table={self.look.group: limits})
+
+    def _limits(self, pixels: np.ndarray) -> tuple[float, float]:
+        """(low, high) of channels [C, Y, X]: exact for unsigned 8 and 16 bits. Of others by a sample, for the memory's sake,
+        unless it is of one value: cells that are few, or lie together, can escape it."""
+        if pixels.dtype in (np.uint8, np.uint16):
+            low, high = percentiles(pixels, self.look.percents)
+            return low, high
+        sample = sample_pixels(lambda box: pixels[:, box.y0:box.y1, box.x0:box.x1], *self.shape)
+        low, high = percentiles(sample, self.look.percents)
+        if low == high:
+            low, high = percentiles_around(pixels, low, self.look.percents)
+        return low, high
 
     def expect(self, windows: int) -> None:
         """So many windows will be put."""

@@ -142,8 +142,9 @@ def check_zooms(survey: Survey, name: str, *, pixel_size_um: float | None, diame
     for number in survey.good():
         if not 1 / MAX_ZOOM <= zooms[number] <= MAX_ZOOM:
             row = {field: survey.table[field][number].as_py() for field in ("image_id", "pixel_size_um", "median_diameter_px")}
-            raise BadRequest(f"{row['image_id']} would be enlarged {zooms[number]:g} times (pixel size {row['pixel_size_um']} um, cells of "
-                             f"{row['median_diameter_px']} px)", where=name, todo="mend its pixel size or labels, or leave it out")
+            raise BadRequest(f"{row['image_id']} would be enlarged {zooms[number]:g} times (pixel size {row['pixel_size_um']} um, "
+                             f"cells of {row['median_diameter_px']} px)", where=name,
+                             todo="mend its pixel size or labels, or leave it out")
 
 
 def same_content(one: Survey, other: Survey) -> bool:

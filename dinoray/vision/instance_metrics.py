@@ -84,7 +84,7 @@ def score_image(pred: np.ndarray, truth: np.ndarray, *, image_id: str = "",
     Either may be empty. Raises BadRequest for floats, bools, negative values, different shapes, and thresholds that are
     not rising within (0, 1].
     """
-    _check_thresholds(thresholds)
+    check_iou_thresholds(thresholds)
     table = overlaps(pred, truth)
     iou = table.iou
     most = 2 * table.shared_px > table.truth_px[table.truth]  # at most one pair of each true object
@@ -164,7 +164,8 @@ def _compact(labels: np.ndarray, which: str) -> tuple[np.ndarray, np.ndarray, np
     return ids, px[ids].astype(np.int64), position[flat]
 
 
-def _check_thresholds(thresholds: tuple[float, ...]) -> None:
+def check_iou_thresholds(thresholds: tuple[float, ...]) -> None:
+    """Raises BadRequest unless they rise within (0, 1]."""
     if not thresholds or any(not 0 < t <= 1 for t in thresholds) or list(thresholds) != sorted(set(thresholds)):
         raise BadRequest(f"IoU thresholds {', '.join(map(str, thresholds)) or 'none'}", where="thresholds",
                          todo="give rising numbers above 0, at most 1")

@@ -55,11 +55,11 @@ class Counts:
 
     def at(self, threshold: float) -> tuple[np.ndarray, np.ndarray]:
         """(matched pairs [...], sum of their IoU [...]) at an IoU threshold. Raises BadRequest for one not scored."""
-        places = [i for i, own in enumerate(self.thresholds) if abs(own - threshold) < 1e-9]
-        if not places:
+        place = min(range(len(self.thresholds)), key=lambda i: abs(self.thresholds[i] - threshold))
+        if not abs(self.thresholds[place] - threshold) < 1e-9:
             raise BadRequest(f"the IoU threshold {threshold} was not scored", where="thresholds",
-                             todo=f"scored were {', '.join(f'{t:g}' for t in self.thresholds)}")
-        start = len(_FIXED) + places[0]
+                             todo=f"scored were {', '.join(map(threshold_name, self.thresholds))}")
+        start = len(_FIXED) + place
         return self.sums[..., start], self.sums[..., start + len(self.thresholds)]
 
 
@@ -85,9 +85,15 @@ def image_mean(values: np.ndarray) -> float:
     return float(defined.mean()) if len(defined) else float("nan")
 
 
+def threshold_name(threshold: float) -> str:
+    """An IoU threshold as names of metrics have it: short, and never rounded to another number."""
+    short = f"{threshold:g}"
+    return short if float(short) == threshold else repr(float(threshold))
+
+
 def default_metrics(thresholds: Sequence[float]) -> list[str]:
     """The metrics of a summary: those of each of `thresholds`, and those without one."""
-    at = [f"{name}@{threshold:g}" for threshold in thresholds for name in _AT]
+    at = [f"{name}@{threshold_name(threshold)}" for threshold in thresholds for name in _AT]
     return ["SEG", "DET", "OP_CSB", MEAN_AP, *at]
 
 

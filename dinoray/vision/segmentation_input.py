@@ -67,6 +67,12 @@ def _group_row(channels: str, names: tuple[str, ...]) -> ChannelRow:
     return ChannelRow(name, tuple(names.index(m) for m in members), "three")
 
 
+def share_limits(row: ChannelRow, channels: str, is_rgb8: bool) -> bool:
+    """Whether the channels of a row have one pair of limits, so that colours keep their ratio: those of `rgb` (not of a group
+    that is called rgb), and several of any 8-bit RGB. `channels` as for `input_row`."""
+    return len(row.indices) > 1 and (is_rgb8 or row.name == "rgb" and "=" not in channels)
+
+
 def planes(image: DecodedImage, *, channels: str = "auto", scaling: str = "image", percents: tuple[float, float] = (0.1, 99.9),
            group: str = "", table: Scaling | None = None) -> np.ndarray:
     """float32 [3, Y, X] in [0, 1], C-contiguous: `(x - low) / (high - low)` clipped, of the channels of `input_row`.
@@ -85,7 +91,7 @@ def planes(image: DecodedImage, *, channels: str = "auto", scaling: str = "image
     pixels = image.pixels
     names = channel_names(image.channel_names, len(pixels), image.is_rgb8)
     row = input_row(channels, names, image.is_rgb8)
-    is_colour = len(row.indices) > 1 and (image.is_rgb8 or row.name == "rgb" and "=" not in channels)
+    is_colour = share_limits(row, channels, image.is_rgb8)
     for i in sorted(set(row.indices)):
         check_finite(pixels[i])
     if scaling == "image" and is_colour:  # one pair, as if a table had it for each of the three

@@ -123,11 +123,15 @@ class Segmenter(BackOff):
         return plan.merge(map_ for i in range(0, len(plan.windows), step) for map_ in self.predict(plan.windows[i:i + step])[0])
 
     def segment(self, image: np.ndarray) -> np.ndarray:
-        """Cells int32 [H, W] of one image float32 [3, H, W] at the model's scale, at that resolution."""
-        return self.cells(self.distance(image), image.shape[1:])
+        """Cells of any size, int32 [H, W], of one image float32 [3, H, W] at the model's scale, at that resolution.
 
-    def cells(self, distance: np.ndarray, out_shape: tuple[int, int]) -> np.ndarray:
+        `min_area_px` counts pixels of images as they are, so it says nothing here: scales are estimated from this.
+        """
+        return self.cells(self.distance(image), image.shape[1:], min_area_px=0)
+
+    def cells(self, distance: np.ndarray, out_shape: tuple[int, int], *, min_area_px: int | None = None) -> np.ndarray:
         """Label image int32 [Y, X], ids 1..n, of a distance map [H, W]: resampled to `out_shape` (Y, X), then a watershed there.
+        `min_area_px`: default the one that this was made with.
 
         Raises ItemError `nonfinite` when the network gave values that are no numbers.
         """
@@ -136,7 +140,8 @@ class Segmenter(BackOff):
                             todo="use precision float32; the image's values may be too large for the network")
         # clipped: the sum of a blend's weights is 1 but for the last bit
         at_input = np.clip(resample(distance[None], tuple(out_shape))[0], 0, 1)
-        return instances(at_input, peak=self.peak, fill=self.fill, markers=self.markers, min_area=self.min_area_px)
+        smallest = self.min_area_px if min_area_px is None else min_area_px
+        return instances(at_input, peak=self.peak, fill=self.fill, markers=self.markers, min_area=smallest)
 
     def cell_features(self, tokens: np.ndarray, labels: np.ndarray, scale: float, ids: np.ndarray) -> np.ndarray:
         """Mean token float32 [n, D] of each of the cells `ids`, see `cell_tokens.mean_tokens`. `tokens` [D, h, w] of the image

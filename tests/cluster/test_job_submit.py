@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.heads import RAY, ROOT, start_head
 from dinoray.vision.distance_model import load_segmenter
 from tests.checkpoints import run_segment
+from tests.cluster.heads import RAY, ROOT, start_head
 from tests.runs import check_whole, data_objects, run
 from tests.training.toys import disc_job, make_discs, write_job
 

@@ -169,6 +169,14 @@ def test_chaos_refuses_a_folder_that_is_not_empty_and_a_job_that_cannot_run(tmp_
     assert not (tmp_path / "new").exists()
 
 
+def test_a_random_moment_comes_though_the_clean_run_was_much_slower(images: Path, tmp_path: Path) -> None:
+    store = LocalStore(tmp_path / "out")
+    start = start_and_strike(command(images, tmp_path / "out", *FLAGS), store, [Kill("driver", moment=0.5)], rng=random.Random(0),
+                             work_s=3600, units=4)
+    assert start.code == -signal.SIGKILL and len(start.carried_out) == 1, start.printed
+    assert start.done >= 2  # half of the units: not at once
+
+
 # ---------------------------------------------------------------- two drivers
 
 

@@ -141,6 +141,31 @@ def test_ids(tmp_path: Path) -> None:
         choose(truth, ["a", "x"])
 
 
+@pytest.mark.parametrize(("only", "paired"), [
+    (["c"], {"c": "c.tif"}), (["b/a"], {"b/a": "b/a.tif"}), (["a"], None), (["a", "c"], None)])
+def test_ids_leave_the_refusal_of_what_fits_several_images(tmp_path: Path, only: list[str], paired: dict | None) -> None:
+    """b/a.tif is the prediction of b/a, whether or not b/a is asked for: it must not be scored as that of a."""
+    truth = list_truth(files(tmp_path / "truth", "a.tif", "b/a.tif", "c.tif", "d.tif"))
+    predictions = list_predictions(files(tmp_path / "pred", "b/a.tif", "c.tif", "more.tif"))
+    if paired is None:
+        with pytest.raises(BadRequest, match=r"1 predictions fit several images: b/a \(a, b/a\)"):
+            pair_up(predictions, truth, only=choose(truth, only))
+        return
+    pairs, unused = pair_up(predictions, truth, only=choose(truth, only))
+    assert {one.image_id: Path(one.pred.files[0].uri).relative_to(tmp_path / "pred").as_posix() for one in pairs} == paired
+    assert unused == ["more"], "the others are predictions of images that were not asked for"
+
+
+def test_ids_whose_predictions_are_missing(tmp_path: Path) -> None:
+    truth = list_truth(files(tmp_path / "truth", "a.tif", "b.tif", "c.tif"))
+    predictions = list_predictions(files(tmp_path / "pred", "a.tif"))
+    with pytest.raises(BadRequest, match="1 of 2 images have no prediction: b"):
+        pair_up(predictions, truth, only=choose(truth, ["a", "b"]))
+    with pytest.raises(BadRequest, match="1 of 1 images have no prediction: b"):
+        pair_up(predictions, truth, only=choose(truth, ["b"]), allow_missing=True)
+    assert len(pair_up(predictions, truth, only=choose(truth, ["a"]))[0]) == 1
+
+
 def test_dsb_folders_are_truth_with_their_images(tmp_path: Path) -> None:
     mask = np.zeros((6, 6), np.uint8)
     for number in range(2):

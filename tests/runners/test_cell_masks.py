@@ -12,8 +12,10 @@ import tifffile
 from PIL import Image
 
 from dinoray import open_features, open_masks
+from dinoray.config import SegmentCellsJob
 from dinoray.errors import BadRequest, ChangedRequest, OutputDamaged, WeightsError
 from dinoray.io.stores import open_store
+from dinoray.resolve_checkpoint import resolve_checkpoint
 from dinoray.runners.gathering import Gathering
 from dinoray.verification import open_run, verify_deep, verify_fast
 from dinoray.vision.distance_model import load_segmenter
@@ -486,6 +488,30 @@ def test_another_checkpoint_is_another_request(fields: Path, checkpoint: Path, t
     assert run_segment(fields, copy, tmp_path / "out").executed_units == 0, "the same checkpoint elsewhere is the same"
 
 
+def test_the_range_of_sizes_that_are_left_as_they_are_is_part_of_the_request(fields: Path, tmp_path: Path) -> None:
+    """It decides estimated scales."""
+    first, second = (seeing_checkpoint(tmp_path / name, median_diameter_px=20.0, diameter_range_px=seen)
+                     for name, seen in (("a", (15.0, 30.0)), ("b", (5.0, 30.0))))
+    run_segment(fields, first, tmp_path / "out")
+    assert run_segment(fields, first, tmp_path / "out").executed_units == 0
+    with pytest.raises(ChangedRequest, match=r"checkpoint.diameter_range_px: \[15.0, 30.0\] -> \[5.0, 30.0\]"):
+        run_segment(fields, second, tmp_path / "out")
+
+
+def test_a_shared_staging_holds_each_config_of_the_same_weights(tmp_path: Path) -> None:
+    """What actors load is what the driver has read: a config.json that was changed is staged beside the older one."""
+    found = []
+    for name, diameter in (("a", 20.0), ("b", 40.0), ("c", 20.0)):
+        checkpoint = seeing_checkpoint(tmp_path / name, median_diameter_px=diameter)
+        job = SegmentCellsJob(sources=("in",), out=str(tmp_path / "out"), checkpoint=str(checkpoint), no_ray=True,
+                              staging=str(tmp_path / "shared"))
+        resolved = resolve_checkpoint(job)
+        found.append((resolved.digest, resolved.weights_location()))
+        assert load_segmenter(found[-1][1])[1].median_diameter_px == diameter
+    assert found[0][0] == found[1][0] and found[0][1] != found[1][1]
+    assert found[2] == found[0], "the same checkpoint elsewhere is not staged again"
+
+
 def test_a_damaged_or_missing_checkpoint_leaves_no_trace(fields: Path, checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(BadRequest, match="no checkpoint"):
         run_segment(fields, tmp_path / "nothing", tmp_path / "out")
@@ -534,6 +560,17 @@ def test_the_scale_is_estimated_where_nobody_tells_it(tmp_path: Path) -> None:
     for i, threads in enumerate(((1, 1), (4, 3))):
         run_segment(tmp_path / "in", checkpoint, tmp_path / f"again{i}", decode_threads=threads[0], compute_threads=threads[1])
         assert data_objects(tmp_path / f"again{i}") == data_objects(tmp_path / "out")
+
+
+def test_the_smallest_area_takes_no_part_in_the_estimate(tmp_path: Path) -> None:
+    """Cells of some 600 px, for a model whose cells have a ninth of that: 200 px is small in the image, not at that scale."""
+    checkpoint = seeing_checkpoint(tmp_path / "ck", median_diameter_px=9.0)
+    write(tmp_path / "in" / "a.tif", as_16_bit(np.kron(blobs((96, 112), 18, 1), np.ones((3, 3)))))
+    for name, smallest in (("all", 0), ("large", 200)):
+        run_segment(tmp_path / "in", checkpoint, tmp_path / name, min_area_px=smallest)
+    rows = [open_masks(tmp_path / name).images.table().to_pylist()[0] for name in ("all", "large")]
+    assert rows[0]["scale_source"] == "estimated" and rows[0]["scale"] < 0.5
+    assert rows[0]["scale"] == rows[1]["scale"] and rows[0]["num_cells"] == rows[1]["num_cells"] == 18
 
 
 @pytest.mark.parametrize("model_um", [None, 0.5])

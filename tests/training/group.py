@@ -126,7 +126,7 @@ def out_of_memory(workers: Workers, out: str, fields: dict[str, Any], bad_rank: 
 
 
 def batch_statistics(workers: Workers, out: str) -> dict[str, Any]:
-    """A toy training with a batch norm: its buffers at the end, and the mean of what this worker alone has seen in its last step."""
+    """A toy training with a batch norm: its buffers at the end, and the mean of what this worker alone saw in its last step."""
     toy = Toy(torch.float32)
     toy.model = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1))
     seen: list[torch.Tensor] = []

@@ -152,7 +152,8 @@ def test_something_is_always_left_to_train_on(tmp_path: Path) -> None:
 
 def test_a_pixel_size_that_is_the_models_blurs_nothing(tmp_path: Path) -> None:
     """0.65 has no exact float32: a zoom of 0.99999996 would resample every crop."""
-    rows = [{"image_id": str(i), "source": 0, "pixel_size_um": size, "median_diameter_px": 9.0} for i, size in enumerate((0.65, 1.3, 0.65001))]
+    rows = [{"image_id": str(i), "source": 0, "pixel_size_um": size, "median_diameter_px": 9.0}
+            for i, size in enumerate((0.65, 1.3, 0.65001))]
     store = LocalStore(str(tmp_path))
     store_survey(store, "train", Survey(pa.Table.from_pylist(rows, schema=SURVEY_SCHEMA)))
     found = stored_survey(store, "train")

@@ -125,6 +125,8 @@ def test_with_a_segmenter_whose_map_is_its_input() -> None:
     assert found == cell_scale(image, ours.config, ours.segment), "the same every time"
     assert found.source == "estimated"
     assert found.diameter_px == pytest.approx(12, rel=0.1)
+    pickier = Segmenter(seeing_model(), config(), token_budget=1000, min_area_px=10_000)
+    assert found == cell_scale(image, pickier.config, pickier.segment), "how large wanted cells are says nothing of the scale"
 
 
 @pytest.mark.parametrize("sizes", [{"pixel_size_um": 0.01}, {"pixel_size_um": 50.0}, {"diameter_px": 1.0}, {"diameter_px": 200.0}])

@@ -245,6 +245,13 @@ def test_small_cells_are_dropped_at_the_input_resolution() -> None:
     assert segmenter().cells(map_, truth.shape).max() == len(np.unique(truth)) - 1
 
 
+def test_the_smallest_area_counts_pixels_of_the_image_and_not_of_the_models_scale() -> None:
+    image = np.repeat(distance_map(discs((64, 64), 5, 20))[None], 3, axis=0)
+    ours = segmenter(seeing_model(), min_area_px=1000)
+    assert ours.segment(image).max() == 9
+    assert ours.cells(ours.distance(image), (64, 64)).max() == 0
+
+
 def test_a_map_that_is_not_finite_is_the_images_fault() -> None:
     map_ = np.full((8, 8), np.nan, np.float32)
     with pytest.raises(ItemError) as caught:

@@ -12,7 +12,7 @@ import logging
 import threading
 from array import array
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from dinoray.errors import BadRequest, ItemError
@@ -70,7 +70,7 @@ def read_coco(file: FileRef) -> CocoFile:
         return _parsed(file)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _parsed(file: FileRef) -> CocoFile:
     text = read_file(file, Limits())
     reader = _Reader(file.uri)

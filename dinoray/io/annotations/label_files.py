@@ -18,6 +18,8 @@ class LabelFile:
     """One label image."""
 
     file: FileRef
+    may_be_binary: bool = False
+    """Whether one value in many pieces is read as one object: a prediction may be that bad, and one file does not tell."""
 
     @property
     def files(self) -> tuple[FileRef, ...]:
@@ -26,7 +28,8 @@ class LabelFile:
     def read(self, limits: Limits) -> np.ndarray:
         uri = self.file.uri
         labels = label_plane(label_like(_decoded(self.file, limits), uri), None, uri)
-        refuse_binary(labels, uri)
+        if not self.may_be_binary:
+            refuse_binary(labels, uri)
         return int32_ids(labels)
 
 
