@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dinoray.config import ExtractVolumeJob, UnitJob, build_job
+from dinoray.config import ExtractVolumeJob, SegmentVolumeJob, UnitJob, build_job
 from dinoray.errors import BadRequest, ChangedRequest
 from dinoray.generations import REQUEST, Generation, begin, generations, next_prefix, quarantined_now
 from dinoray.inputs import list_inputs
@@ -48,6 +48,9 @@ def retry(out: str, *, reasons: Iterable[str] = (), say: Callable[[str], None] =
     wanted, out = set(reasons), _absolute(out)
     command = shlex.join(["dinoray", "retry", out, *(word for reason in sorted(wanted) for word in ("--reason", reason))])
     job, resolved = _again(out, execution)
+    if isinstance(job, SegmentVolumeJob):
+        raise BadRequest("boxes of a segmented volume are not tried again by themselves: labels of all others may depend on them",
+                         where=job.out, todo="mend the volume and segment it into a new --out")
     store = open_store(job.out)
     say(f"dinoray {resolved.fingerprint}  {resolved.description}  output {job.out}  resume with: {command}")
     with open_session(store, resolved, command, say, leave=leave) as session:
@@ -72,9 +75,9 @@ def extend(out: str, sources: Iterable[str], *, say: Callable[[str], None] = pri
     where = {name: execution[name] for name in OBJECT_FIELDS if execution.get(name) is not None}
     command = shlex.join(["dinoray", "extend", out, *sources, *(w for name, url in where.items() for w in (f"--{name}", url))])
     job, resolved = _again(out, execution)
-    if isinstance(job, ExtractVolumeJob):
+    if isinstance(job, ExtractVolumeJob | SegmentVolumeJob):
         raise BadRequest("the output of a volume cannot be extended: its arrays have one size", where=job.out,
-                         todo="extract the other volume (or crop) into an --out of its own")
+                         todo=f"{job.verb} the other volume (or crop) into an --out of its own")
     more = absolute(job.model_copy(update={"sources": tuple(sources)})).sources
     if not more:
         raise BadRequest("no source", where="SRC", todo="name what to add: folders, files, globs, URLs, manifests")

@@ -94,7 +94,7 @@ def absolute(job: UnitJob) -> UnitJob:
     """The job with absolute local paths, so that its resume command works from any folder."""
     paths = {source: str(local_path(source)) if is_local(source) else source for source in job.sources}
     out = str(local_path(job.out)) if is_local(job.out) else job.out.rstrip("/")
-    others = {name: str(local_path(url)) for name in ("labels", "centroids", "foreground", "checkpoint")
+    others = {name: str(local_path(url)) for name in ("labels", "centroids", "foreground", "checkpoint", "tokens", "context_tokens")
               if (url := getattr(job, name, None)) in job.other_inputs() and is_local(url)}
     return job.model_copy(update={"sources": tuple(paths.values()), "out": out, **others})
 

@@ -5,9 +5,10 @@ Nothing is read but the weights. What comes out is stored with the output and co
 
 from __future__ import annotations
 
-from dinoray.config import ExtractCellsJob, ExtractImagesJob, ExtractVolumeJob, FeatureJob, SegmentCellsJob, UnitJob
+from dinoray.config import ExtractCellsJob, ExtractImagesJob, ExtractVolumeJob, FeatureJob, SegmentCellsJob, SegmentVolumeJob, UnitJob
 from dinoray.errors import BadRequest
 from dinoray.resolve_checkpoint import resolve_checkpoint
+from dinoray.resolve_fusion import resolve_fusion
 from dinoray.resolved import FORMAT, Resolved, settle_device, settle_numerics, used_kind
 from dinoray.staging import store_backbone
 from dinoray.units import fingerprint_of
@@ -18,7 +19,9 @@ VOLUME_LIBRARIES = ("tensorstore", "h5py")
 
 def resolve(job: UnitJob) -> Resolved:
     """Settle every `auto` and load the weights once. Raises BadRequest, WeightsError."""
-    return resolve_checkpoint(job) if isinstance(job, SegmentCellsJob) else _resolve_features(job)
+    if isinstance(job, SegmentCellsJob):
+        return resolve_checkpoint(job)
+    return resolve_fusion(job) if isinstance(job, SegmentVolumeJob) else _resolve_features(job)
 
 
 def _resolve_features(job: FeatureJob) -> Resolved:

@@ -24,7 +24,7 @@ UNIT_FUSED_SLABS = 64
 """Most shards of the fused array in a unit."""
 MOST_TWICE = 0.5
 """Windows that may be computed again in a neighbouring unit, as a share of those of a run in one unit."""
-_ID = re.compile(r"(xy|xz|yz|fused)/(\d+)-(\d+)/(\d+)-(\d+)/(\d+)-(\d+)")
+_ID = re.compile(r"([a-z]+)/(\d+)-(\d+)/(\d+)-(\d+)/(\d+)-(\d+)")
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ STAGES = ("read", "decode", "prepare", "compute", "cells", "write")
 """Stages of work as they stand in receipts, in order; seconds summed over threads."""
 
 
-NOUNS = {"volume": ("slabs", "tokens"), "cell-masks": ("images", "cells")}
+NOUNS = {"volume": ("slabs", "tokens"), "volume-labels": ("blocks", "voxels"), "cell-masks": ("images", "cells")}
 """What the items and rows of a kind of plan are called, where not images and rows."""
 
 

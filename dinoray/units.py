@@ -260,7 +260,8 @@ class Plan:
     def stages(self) -> list[range]:
         """Unit numbers that may be in work together; units of a later stage read what earlier ones wrote."""
         first = self.facts.get("first_stage", len(self))
-        return [range(first), range(first, len(self))] if first < len(self) else [range(len(self))]
+        ends = self.facts.get("stage_ends", [first, len(self)] if first < len(self) else [len(self)])
+        return [range(a, b) for a, b in zip([0, *ends], ends, strict=False)]
 
     @property
     def num_items(self) -> int:

@@ -12,6 +12,7 @@ import io
 import json
 import shlex
 from collections import Counter
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any
@@ -23,14 +24,16 @@ from dinoray.driver import at_work
 from dinoray.errors import BadRequest, OutputDamaged, SystemicError
 from dinoray.generations import Generation, generations, quarantined_now, replaced_reasons
 from dinoray.io.stores import Store, open_store
+from dinoray.io.prediction_grid import PredictionGrid
 from dinoray.io.volume_arrays import check_arrays
 from dinoray.io.volume_grid import VolumeGrid
+from dinoray.label_units import object_keys
 from dinoray.ledger import Ledger, Receipt
 from dinoray.slabs import Slab, shard_keys
 from dinoray.units import Plan, Unit
 from dinoray.wording import plural
 
-DATA_FOLDERS = ("features", "dense", "masks", "cells", "images")
+DATA_FOLDERS = ("features", "dense", "labels.zarr", "instances", "masks", "cells", "images")
 TABLES = ("features/", "cells/")
 """Folders of tables whose rows are those of the receipts."""
 _SHOWN = 5
@@ -186,8 +189,8 @@ def _check_deep(store: Store, parts: list[Generation], known: set[str]) -> list[
         for part, replaced in zip(parts, newer, strict=True):
             pairs = zip(part.plan.units(), part.ledger.receipts(part.plan.unit_ids), strict=True)
             while some := list(islice(pairs, 64)):  # `map` takes all it is given at once, and a plan may be large
-                grid = part.plan.facts.get("grid")
-                results = pool.map(lambda pair, grid=grid, replaced=replaced: _deep_unit(store, *pair, grid, replaced, known), some)
+                results = pool.map(lambda pair, facts=part.plan.facts, replaced=replaced: _deep_unit(store, *pair, facts, replaced, known),
+                                   some)
                 for (unit, _), (found, quarantined) in zip(some, results, strict=True):
                     problems += found
                     if part.kind == "retry" and not known:  # else what was quarantined may be what is missing
@@ -220,9 +223,9 @@ def _replaced_later(parts: list[Generation]) -> list[set[str]]:
     return found[::-1]
 
 
-def _deep_unit(store: Store, unit: Unit, receipt: Receipt, grid: dict[str, Any] | None, replaced: set[str],
+def _deep_unit(store: Store, unit: Unit, receipt: Receipt, facts: dict[str, Any], replaced: set[str],
                known: set[str]) -> tuple[list[str], list[str]]:
-    """What is wrong with a unit, and the ids that it quarantined. `grid`: of a volume's plan; `replaced`: objects that
+    """What is wrong with a unit, and the ids that it quarantined. `facts`: of the plan; `replaced`: objects that
     are another generation's by now; `known`: objects that are missing or of another size."""
     problems: list[str] = []
     with_rows: set[str] = set()
@@ -242,8 +245,8 @@ def _deep_unit(store: Store, unit: Unit, receipt: Receipt, grid: dict[str, Any] 
             quarantined = pq.read_table(io.BytesIO(data), columns=["item_id"])["item_id"].to_pylist()
     if problems or any(stored.key in known for stored in receipt.objects):
         return problems, quarantined
-    if grid is not None:
-        return _volume_unit(unit, receipt, VolumeGrid.read(grid), set(quarantined)), quarantined
+    if "grid" in facts:
+        return _volume_unit(unit, receipt, facts, set(quarantined)), quarantined
     planned = [item.item_id for item in unit.items]
     if with_rows & set(quarantined):
         problems.append(f"unit {unit.id}: both rows and quarantine: {_some(sorted(with_rows & set(quarantined)))}")
@@ -268,10 +271,20 @@ def _images_unit(unit: Unit, receipt: Receipt, images: pa.Table, with_rows: set[
     return problems
 
 
-def _volume_unit(unit: Unit, receipt: Receipt, grid: VolumeGrid, quarantined: set[str]) -> list[str]:
+def _keys_of(facts: dict[str, Any]) -> Callable[[str], Iterable[str]]:
+    """What tells the objects that an item of a volume's plan owns."""
+    if facts["kind"] == "volume-labels":
+        labels = PredictionGrid.read(facts["grid"])
+        return lambda item_id: object_keys(labels, Slab.read(item_id), instances=facts["instances"], probabilities=facts["probabilities"])
+    grid = VolumeGrid.read(facts["grid"])
+    return lambda item_id: shard_keys(grid, Slab.read(item_id))
+
+
+def _volume_unit(unit: Unit, receipt: Receipt, facts: dict[str, Any], quarantined: set[str]) -> list[str]:
     """What is wrong with the list of shards of a unit: each of its own must be stored or said to be empty, no other."""
-    owned = {key for item in unit.items if item.item_id not in quarantined for key in shard_keys(grid, Slab.read(item.item_id))}
-    partly = {key for item_id in quarantined for key in shard_keys(grid, Slab.read(item_id))}  # what they have is stored
+    keys = _keys_of(facts)
+    owned = {key for item in unit.items if item.item_id not in quarantined for key in keys(item.item_id)}
+    partly = {key for item_id in quarantined for key in keys(item_id)}  # what they have is stored
     said = {stored.key for stored in receipt.objects if "/quarantine/" not in stored.key} | set(receipt.empty)
     problems = [f"unit {unit.id}: its shards are neither stored nor empty: {_some(sorted(owned - said))}"] if owned - said else []
     if said - owned - partly:

@@ -94,7 +94,7 @@ def seal_volume(session: Session, volume: Volume, forecast: Forecast, inputs: li
     grid, fused = forecast.grid, forecast.fused
     arrays = create_arrays(store, grid.arrays(fused=fused), {"grid": grid.as_dict(), **resolved.described})
     reach("plan.arrays")
-    limits = _limits(session, volume)
+    limits = volume_limits(session, volume)
     writer = PlanWriter(store, "_dinoray", resolved.fingerprint, max_items=2**31, max_bytes=2**62,
                         group_salt=lambda groups: canonical_json([limits, inputs]))
     first_stage, num_items, itemsize = None, 0, volume.dtype.itemsize
@@ -131,7 +131,7 @@ def raw_bytes(grid: VolumeGrid, slab: Slab, itemsize: int) -> int:
     return round(voxels) * itemsize
 
 
-def _limits(session: Session, volume: Volume) -> list[float]:
+def volume_limits(session: Session, volume: Volume) -> list[float]:
     """The raw values that become 0 and 1."""
     job, resolved = session.job, session.resolved
     if job.scaling == "slice":

@@ -21,10 +21,10 @@ from dinoray.cli import (  # noqa: F401 (their commands register themselves)
 )
 from dinoray.cli.app import app, guarded, say, with_signals
 from dinoray.cli.jobs import job_command, run_extract_images, run_extract_volume, run_job_script
-from dinoray.cli.segment import run_segment_cells
+from dinoray.cli.segment import run_segment_cells, run_segment_volume
 
 __all__ = ["app", "guarded", "job_command", "main", "run_extract_images", "run_extract_volume", "run_job_script",
-           "run_segment_cells", "say", "with_signals"]
+           "run_segment_cells", "run_segment_volume", "say", "with_signals"]
 
 
 def main() -> None:

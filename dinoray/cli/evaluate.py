@@ -1,4 +1,4 @@
-"""`dinoray evaluate`: how good are masks, measured against true ones?"""
+"""`dinoray evaluate`: how good are masks and labels, measured against true ones?"""
 
 from __future__ import annotations
 
@@ -86,3 +86,50 @@ def _numbers(text: str) -> list[float]:
         return [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise BadRequest(f"not numbers: {text!r}", where="--thresholds", todo="such as 0.5,0.75") from None
+
+
+@evaluate.command()
+def volume(
+    pred: Annotated[str, typer.Option("--pred", help="Labels: a volume, or the --out of a `dinoray segment volume`.")],
+    truth: Annotated[str, typer.Option("--truth", help="True labels: OME-Zarr, Zarr, N5, HDF5, TIFF stack; local or s3://.")],
+    classes: Annotated[str | None, typer.Option("--classes", help="Names of the labels 0, 1, ..: scores of classes. Without them "
+                                                "labels are instances.")] = None,
+    region: Annotated[str | None, typer.Option("--region", help="Part of the truth, in its voxels: z0:z1,y0:y1,x0:x1.")] = None,
+    unknown: Annotated[int | None, typer.Option("--unknown", help="Label of the truth where nothing is known.")] = None,
+    pred_dataset: Annotated[str | None, typer.Option("--pred-dataset", help="Path of the array inside --pred.")] = None,
+    truth_dataset: Annotated[str | None, typer.Option("--truth-dataset", help="Path of the array inside --truth.")] = None,
+    pred_voxel_size: Annotated[str | None, typer.Option("--pred-voxel-size", help="Level of --pred in nm (n, or z,y,x), or its voxel "
+                                                        "size where it states none.")] = None,
+    truth_voxel_size: Annotated[str | None, typer.Option("--truth-voxel-size", help="The same of --truth.")] = None,
+    out: Annotated[str | None, typer.Option("--out", help="Folder or URL for evaluation.json.")] = None,
+) -> None:
+    """Of classes IoU, Dice, precision and recall; of instances adapted Rand error, variation of information, AP (docs/evaluation.md)."""
+    from dinoray.config.volume_labels import box_of
+    from dinoray.io.stores import open_store
+    from dinoray.volume_evaluation import evaluate_volume, open_labels
+
+    try:
+        box = None if region is None else box_of(region, "--region")
+    except ValueError as error:
+        raise BadRequest(str(error), where="--region", todo="write 0:100,0:512,0:512") from error
+    names = [name.strip() for name in (classes or "").split(",") if name.strip()]
+    settings = {"pred": pred, "truth": truth, "classes": names, "region": region, "unknown": unknown}
+    with open_labels(pred, dataset=pred_dataset, voxel_nm=_sizes(pred_voxel_size)) as found, \
+            open_labels(truth, dataset=truth_dataset, voxel_nm=_sizes(truth_voxel_size)) as true:
+        result = evaluate_volume(found, true, classes=names, region=box, unknown=unknown, settings=settings)
+    for line in result.lines():
+        say(line)
+    if out:
+        store = open_store(out)
+        store.put("evaluation.json", result.as_json())
+        say(f"{store.url}/evaluation.json")
+
+
+def _sizes(text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    found = tuple(_numbers(text))
+    if len(found) not in (1, 3) or min(found) <= 0:
+        raise BadRequest(f"{text!r} is neither one voxel size nor three", where="--pred-voxel-size, --truth-voxel-size",
+                         todo="write 8, or 40,4,4 (z, y, x) in nm")
+    return found

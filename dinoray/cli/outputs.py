@@ -36,7 +36,8 @@ def verify(out: Out, deep: Annotated[bool, typer.Option("--deep", help="Read eve
         totals = verify_deep(store) if deep else verify_fast(store, write_success=True)
     except SystemicError as error:  # a read-only copy is as whole as any
         totals, note = verify_fast(store, write_success=False), f"\nnot marked with _SUCCESS: {error.what} [{error.where}]"
-    noun, rows = {"volume": ("slab", "token"), "cell-masks": ("image", "cell")}.get(totals["kind"], ("image", "row"))
+    noun, rows = {"volume": ("slab", "token"), "volume-labels": ("block", "voxel"),
+                  "cell-masks": ("image", "cell")}.get(totals["kind"], ("image", "row"))
     say(f"whole: {plural(totals['items'], noun)} in {plural(totals['units'], 'unit')}, {plural(totals['rows'], rows)}, "
         f"{totals['quarantined']} quarantined, {count_bytes(totals['bytes'])}" + (", all checksums match" if deep else "") + note)
     for line in unfinished_notes(store):

@@ -11,9 +11,9 @@ from dinoray.config.images import CollectionJob, ExtractCellsJob, ExtractImagesJ
 from dinoray.config.secrets import secret_in_url, without_secrets
 from dinoray.config.segmentation import SegmentCellsJob
 from dinoray.config.training import TrainDistanceMapJob, TrainingJob
+from dinoray.config.volume_segmentation import SegmentVolumeJob
 from dinoray.config.volumes import ExtractVolumeJob
 
 __all__ = ["EXECUTION_FIELDS", "CollectionJob", "ExtractCellsJob", "ExtractImagesJob", "ExtractJob", "ExtractVolumeJob",
-           "FeatureJob", "SegmentCellsJob", "TrainContextFusionJob", "TrainDistanceMapJob", "TrainingJob", "UnitJob", "build_job", "canonical_json",
-           "channel_groups", "read_job_file",
-           "recorded_job", "recorded_model", "secret_in_url", "without_secrets"]
+           "FeatureJob", "SegmentCellsJob", "SegmentVolumeJob", "TrainContextFusionJob", "TrainDistanceMapJob", "TrainingJob", "UnitJob",
+           "build_job", "canonical_json", "channel_groups", "read_job_file", "recorded_job", "recorded_model", "secret_in_url", "without_secrets"]

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from dinoray.config.base import UnitJob
 from dinoray.config.images import ExtractCellsJob, ExtractImagesJob
 from dinoray.config.segmentation import SegmentCellsJob
+from dinoray.config.volume_segmentation import SegmentVolumeJob
 from dinoray.config.volumes import ExtractVolumeJob
 from dinoray.errors import BadRequest
 
@@ -21,9 +22,9 @@ Job = TypeVar("Job", bound=BaseModel)
 
 def recorded_model(values: dict[str, Any]) -> type[UnitJob]:
     """The kind of job whose `model_dump` these values are: only volumes have a `voxel_size`, only cells a `crop_um`, only
-    segmentations a `checkpoint`."""
+    segmentations a `checkpoint`, and of these only volumes `halo_voxels`."""
     if "checkpoint" in values:
-        return SegmentCellsJob
+        return SegmentVolumeJob if "halo_voxels" in values else SegmentCellsJob
     return ExtractVolumeJob if "voxel_size" in values else ExtractCellsJob if "crop_um" in values else ExtractImagesJob
 
 

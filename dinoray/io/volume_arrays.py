@@ -1,8 +1,9 @@
 """The stored arrays of a volume's features: Zarr v3 with shards, placed in nm by OME-Zarr 0.5. Nothing here reads values.
 
-An array `OUT/dense/<name>.zarr` is [channel, z, y, x]. Its metadata are put once, by the driver, and compared on resume;
-a shard is one object that one unit encodes in memory and puts whole, so that it is never half written. An element that
-nobody computed reads as NaN (the fill value): an absent shard, and what lies in a shard beyond the array's end.
+An array `OUT/dense/<name>.zarr` is [channel, z, y, x]; labels are `OUT/labels.zarr`, [z, y, x], which OME-Zarr calls an image-label.
+Metadata are put once, by the driver, and compared on resume; a shard is one object that one unit encodes in memory and puts whole,
+so that it is never half written. An element that nobody computed reads as the fill value, NaN, or 0 of integers: an absent shard,
+and what lies in a shard beyond the array's end.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ DENSE = "dense"
 LEVEL = "0"
 """The only level of the multiscale image."""
 AXES = ("c", "z", "y", "x")
+LABELS = "labels"
+"""The name of the only array that has no channel axis."""
 
 
 def group_key(name: str) -> str:
     """The OME-Zarr group of the array `name`."""
-    return f"{DENSE}/{name}.zarr"
+    return f"{LABELS}.zarr" if name == LABELS else f"{DENSE}/{name}.zarr"
 
 
 def array_key(name: str) -> str:
@@ -40,7 +43,7 @@ def array_key(name: str) -> str:
 
 def shard_key(spec: ArraySpec, place: tuple[int, int, int]) -> str:
     """The object of a shard; `place` counts shards along z, y, x."""
-    return "/".join([array_key(spec.name), "c", "0", *map(str, place)])
+    return "/".join([array_key(spec.name), "c", *([] if spec.name == LABELS else ["0"]), *map(str, place)])
 
 
 def metadata_objects(spec: ArraySpec, attributes: dict[str, Any]) -> dict[str, bytes]:
@@ -48,8 +51,9 @@ def metadata_objects(spec: ArraySpec, attributes: dict[str, Any]) -> dict[str, b
 
     The same arguments give the same bytes.
     """
-    memory = _encode(spec, (spec.dim, *spec.shape), None)
-    group = {"zarr_format": 3, "node_type": "group", "attributes": {"ome": _multiscales(spec), "dinoray": attributes}}
+    memory = _encode(spec, spec.shape if spec.name == LABELS else (spec.dim, *spec.shape), None)
+    ome = _multiscales(spec) | ({"image-label": {"version": "0.5"}} if spec.name == LABELS else {})
+    group = {"zarr_format": 3, "node_type": "group", "attributes": {"ome": ome, "dinoray": attributes}}
     return {f"{group_key(spec.name)}/zarr.json": _json(group),
             f"{array_key(spec.name)}/zarr.json": _json(json.loads(memory["zarr.json"]))}
 
@@ -103,29 +107,36 @@ def _shards_of(spec: ArraySpec, start: Shape, stop: Shape) -> Iterator[tuple[tup
 
 
 def encode_shard(spec: ArraySpec, values: np.ndarray) -> bytes:
-    """One whole shard from `values` [dim, z, y, x] of spec.dtype: what the array has of it, from the shard's first element on.
+    """One whole shard from `values` [dim, z, y, x] (labels: [z, y, x]) of spec.dtype: what the array has of it, from the shard's
+    first element on.
 
-    Every chunk is in it, those beyond the array's end as NaN. The same values give the same bytes. Raises ValueError for
-    other shapes and dtypes.
+    Every chunk is in it, those beyond the array's end as the fill value. The same values give the same bytes. Raises ValueError
+    for other shapes and dtypes.
     """
-    full = (spec.dim, *spec.shards)
-    if values.dtype != np.dtype(spec.dtype) or values.ndim != 4 or values.shape[0] != spec.dim \
+    full = spec.shards if spec.name == LABELS else (spec.dim, *spec.shards)
+    if values.dtype != np.dtype(spec.dtype) or values.ndim != len(full) or values.ndim == 4 and values.shape[0] != spec.dim \
             or any(not 0 < n <= most for n, most in zip(values.shape, full, strict=True)):
         raise ValueError(f"a shard of {spec.name} holds {full} {spec.dtype} at most, not {values.shape} {values.dtype}")
     if values.shape != full:
-        padded = np.full(full, np.nan, values.dtype)
+        padded = np.full(full, fill_value(spec), values.dtype)
         padded[tuple(slice(0, n) for n in values.shape)] = values
         values = padded
-    return _encode(spec, full, values)["c/0/0/0/0"]
+    return _encode(spec, full, values)["/".join(["c", *["0"] * len(full)])]
+
+
+def fill_value(spec: ArraySpec) -> Any:
+    """What an element is that nobody computed: NaN, or 0 of integers."""
+    return np.nan if np.dtype(spec.dtype).kind == "f" else 0
 
 
 def _encode(spec: ArraySpec, shape: tuple[int, ...], values: np.ndarray | None) -> dict[str, bytes]:
     """The objects that zarr itself makes of an array of `shape` (its metadata alone when there are no values). With zstd's own
     checksum a flipped bit in a chunk is found by every reader; the index of a shard has a crc32c."""
     memory: dict[str, Any] = {}
+    lead = () if spec.name == LABELS else (spec.dim,)
     target = zarr.create_array(
-        MemoryStore(memory), shape=shape, dtype=spec.dtype, chunks=(spec.dim, *spec.chunks), shards=(spec.dim, *spec.shards),
-        fill_value=np.nan, dimension_names=AXES, compressors=zarr.codecs.ZstdCodec(level=1, checksum=True),
+        MemoryStore(memory), shape=shape, dtype=spec.dtype, chunks=(*lead, *spec.chunks), shards=(*lead, *spec.shards),
+        fill_value=fill_value(spec), dimension_names=AXES[1 - len(lead):], compressors=zarr.codecs.ZstdCodec(level=1, checksum=True),
         config={"write_empty_chunks": True})
     if values is not None:
         target[:] = values
@@ -134,9 +145,10 @@ def _encode(spec: ArraySpec, shape: tuple[int, ...], values: np.ndarray | None) 
 
 def _multiscales(spec: ArraySpec) -> dict[str, Any]:
     """The `ome` attributes (https://ngff.openmicroscopy.org/0.5): one level, its first voxel's centre at translation_nm."""
-    axes = [{"name": "c", "type": "channel"}, *({"name": a, "type": "space", "unit": "nanometer"} for a in AXES[1:])]
-    transforms = [{"type": "scale", "scale": [1.0, *map(float, spec.pitch_nm)]},
-                  {"type": "translation", "translation": [0.0, *map(float, spec.translation_nm)]}]
+    has_channels = spec.name != LABELS
+    axes = [{"name": "c", "type": "channel"}][:has_channels] + [{"name": a, "type": "space", "unit": "nanometer"} for a in AXES[1:]]
+    transforms = [{"type": "scale", "scale": [1.0][:has_channels] + [*map(float, spec.pitch_nm)]},
+                  {"type": "translation", "translation": [0.0][:has_channels] + [*map(float, spec.translation_nm)]}]
     level = {"path": LEVEL, "coordinateTransformations": transforms}
     return {"version": "0.5", "multiscales": [{"name": spec.name, "axes": axes, "datasets": [level]}]}
 

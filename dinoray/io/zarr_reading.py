@@ -20,7 +20,7 @@ from zarr.core.buffer import Buffer, BufferPrototype
 
 from dinoray.errors import BadRequest, ItemError, OutputDamaged
 from dinoray.io.stores import Store
-from dinoray.io.volume_arrays import array_key
+from dinoray.io.volume_arrays import LABELS, array_key
 from dinoray.io.volume_grid import ArraySpec, Shape
 from dinoray.io.zarr_arrays import parse_array
 
@@ -37,19 +37,23 @@ class ArrayReader:
             info = parse_array(store.get(f"{key}/zarr.json"), self.where)
         except FileNotFoundError as error:
             raise BadRequest(f"there is no array {name!r} here", where=self.where,
-                             todo="give the --out of a `dinoray extract volume`") from error
+                             todo="give the --out of `dinoray extract volume` or `dinoray segment volume`") from error
         except ItemError as error:
             raise OutputDamaged(f"the metadata of the array cannot be used: {error.what}", where=self.where,
                                 todo="put the file zarr.json back") from error
-        if len(info.shape) != 4 or not info.sharded or info.dtype.kind != "f" or info.chunks[0] != info.shape[0]:
-            raise OutputDamaged("this is no array of features [channel, z, y, x]", where=self.where,
+        self._lead: tuple[slice, ...] = () if name == LABELS else (slice(None),)
+        if len(info.shape) != 3 + len(self._lead) or not info.sharded or info.dtype.kind not in "fu" \
+                or self._lead and info.chunks[0] != info.shape[0]:
+            raise OutputDamaged("this is no array that dinoray wrote for a volume", where=self.where,
                                 todo="put the file zarr.json back")
-        self.dim, self.shape, self.shards = info.shape[0], info.shape[1:], info.chunks[1:]
+        self.dim = info.shape[0] if self._lead else 1
+        self.shape, self.shards = info.shape[len(self._lead):], info.chunks[len(self._lead):]
         self.dtype = np.dtype(info.dtype)
         self._array = zarr.open_array(StoreForZarr(store), path=key, mode="r", zarr_format=3)
 
     def read(self, z0: int, z1: int, y0: int, y1: int, x0: int, x1: int) -> np.ndarray:
-        """Tokens [z0, z1) x [y0, y1) x [x0, x1) as [dim, z, y, x] in the array's dtype; NaN where nobody computed them.
+        """Tokens [z0, z1) x [y0, y1) x [x0, x1) as [dim, z, y, x] (labels: [1, z, y, x]) in the array's dtype; NaN, or 0 of
+        integers, where nobody computed them.
 
         Raises IndexError outside the array, OutputDamaged with the key of a shard that cannot be decoded, TransientError,
         SystemicError.
@@ -68,9 +72,10 @@ class ArrayReader:
     def _part(self, place: Iterable[int], box: tuple[slice, ...]) -> np.ndarray:
         """A box that lies in one shard."""
         try:
-            return self._array[(slice(None), *box)]  # type: ignore[return-value]
+            found = self._array[(*self._lead, *box)]
+            return found if self._lead else found[None]  # type: ignore[return-value, index]
         except (ValueError, RuntimeError, TypeError, IndexError, OverflowError) as error:
-            key = "/".join(["c", "0", *map(str, place)])
+            key = "/".join(["c", *["0"] * len(self._lead), *map(str, place)])
             raise OutputDamaged(f"a shard cannot be decoded: {error}", where=f"{self.where}/{key}", todo=_TODO) from error
 
     def __getitem__(self, index: Any) -> np.ndarray:

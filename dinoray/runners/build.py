@@ -68,7 +68,7 @@ def _build(spec: RunnerSpec, loaded: Any) -> Runner:
         limits = Limits(max_pixels=job.max_pixels, max_bytes=job.max_file_bytes, max_file_bytes=job.max_file_bytes)
         return StatisticsRunner(plan, ledger, limits=limits, z_projection=job.z_projection,
                                 decode_threads=spec.decode_threads, prefetch_bytes=job.prefetch_bytes)
-    if spec.kind in ("volume-features", "volume-statistics"):
+    if spec.kind in ("volume-features", "volume-labels", "volume-statistics"):
         return _build_volume(spec, job, plan, ledger, loaded)
     scaling = _scaling(store, spec.prefix) if job.scaling == "plate" else None
     threads = {"decode_threads": spec.decode_threads, "compute_threads": spec.compute_threads}
@@ -79,7 +79,7 @@ def _build(spec: RunnerSpec, loaded: Any) -> Runner:
         return CellMaskRunner(job, plan, ledger, model, config, scaling=scaling, **threads)
     if spec.kind not in ("image-features", "cell-features"):
         raise BadRequest(f"no runner is called {spec.kind!r}", todo="use image-features, cell-features, cell-masks, "
-                         "volume-features, statistics, volume-statistics or null")
+                         "volume-features, volume-labels, statistics, volume-statistics or null")
     from dinoray.runners.cell_features import CellFeatureRunner
     from dinoray.runners.image_features import ImageFeatureRunner
 
@@ -106,11 +106,34 @@ def _build_volume(spec: RunnerSpec, job: Any, plan: Plan, ledger: Ledger, loaded
 
         return VolumeStatisticsRunner(plan, ledger, volume=open_source(job), decode_threads=spec.decode_threads,
                                       prefetch_bytes=job.memory_bytes // 4)
+    if spec.kind == "volume-labels":
+        return _build_volume_labels(spec, job, plan, ledger, loaded)
     from dinoray.runners.volume_features import VolumeFeatureRunner
 
     backbone = loaded or _load(spec, plan.facts["numerics"])
     return VolumeFeatureRunner(job, plan, ledger, backbone, volume=open_source(job), decode_threads=spec.decode_threads,
                                compute_threads=spec.compute_threads)
+
+
+def _build_volume_labels(spec: RunnerSpec, job: Any, plan: Plan, ledger: Ledger, loaded: Any) -> Runner:
+    import torch
+
+    from dinoray.runners.volume_labels import VolumeLabelRunner
+    from dinoray.runners.volume_windows import open_reader
+    from dinoray.vision.fusion_checkpoint import load_fusion
+
+    if loaded is None:
+        numerics = plan.facts["numerics"]
+        folder = str(_local_copy(spec.weights)) if spec.weights else job.checkpoint
+        device = numerics["device"] if torch.cuda.is_available() else "cpu"
+        loaded = load_fusion(folder, weights=f"{folder}/backbone" if spec.weights else job.weights, device=device,
+                             backbone_dtype=getattr(torch, numerics["precision"]), accept_license=job.accept_dinov3_license)
+        if loaded[1].weights_digest != spec.digest:
+            raise WeightsError(f"the staged checkpoint has the digest {loaded[1].weights_digest[:12]}, the plan says {spec.digest[:12]}",
+                               where=folder, todo="delete the staged folder and run the same command again")
+    model, config = loaded
+    return VolumeLabelRunner(job, plan, ledger, model, config, reader=open_reader(job, config, plan.facts), decode_threads=spec.decode_threads,
+                             compute_threads=spec.compute_threads)
 
 
 def _load(spec: RunnerSpec, numerics: dict[str, Any]) -> Any:

@@ -6,9 +6,9 @@ the coordinates of the raw volume.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import product
 
@@ -16,7 +16,8 @@ import numpy as np
 
 from dinoray.config.volume_labels import LabelledVolume
 from dinoray.errors import BadRequest, ItemError, SystemicError
-from dinoray.io.volume_grid import Shape, Triple, reflect
+from dinoray.io.volume_grid import Shape, Triple
+from dinoray.io.volume_pieces import Piece, Pieces, context_level, context_piece, folds, whole_ratio
 from dinoray.io.volumes import Volume, VolumeRequest, open_volume
 from dinoray.vision.quality import percentiles
 from dinoray.vision.voxel_grids import VoxelGrid
@@ -26,20 +27,6 @@ ALIGNED = 0.05
 BLOCK = 64
 """Voxels a side of a block of the sample that fixes the scaling."""
 PERCENTS = (0.1, 99.9)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A box of a region: `values` with what lies outside mirrored, `inside` along each axis (bool)."""
-
-    values: np.ndarray
-    inside: tuple[np.ndarray, np.ndarray, np.ndarray]
-
-    @property
-    def known(self) -> np.ndarray:
-        """[z, y, x] bool: voxels of the region."""
-        z, y, x = self.inside
-        return z[:, None, None] & y[None, :, None] & x[None, None, :]
 
 
 class _Held:
@@ -52,17 +39,13 @@ class _Held:
 
     def read(self, start: Sequence[int], shape: Sequence[int]) -> Piece:
         """The box [start, start + shape), which may reach beyond the volume. Raises what `Volume.read` raises."""
-        at = [np.arange(s, s + n) for s, n in zip(start, shape, strict=True)]
-        inside = tuple((i >= 0) & (i < n) for i, n in zip(at, self.volume.shape, strict=True))
-        folded = [reflect(i, n) for i, n in zip(at, self.volume.shape, strict=True)]
-        if self._keep:
-            with self._lock:
-                if self._values is None:
-                    self._values = self.volume.read(*(slice(0, n) for n in self.volume.shape))
-            return Piece(self._values[np.ix_(*folded)], inside)  # type: ignore[arg-type]
-        low = [int(f.min()) for f in folded]
-        box = self.volume.read(*(slice(a, int(f.max()) + 1) for a, f in zip(low, folded, strict=True)))
-        return Piece(box[np.ix_(*(f - a for f, a in zip(folded, low, strict=True)))], inside)  # type: ignore[arg-type]
+        if not self._keep:
+            return Pieces(self.volume).read(start, shape)
+        with self._lock:
+            if self._values is None:
+                self._values = self.volume.read(*(slice(0, n) for n in self.volume.shape))
+        folded, inside = folds(start, shape, self.volume.shape)
+        return Piece(self._values[np.ix_(*folded)], inside)  # type: ignore[arg-type]
 
 
 class Region:
@@ -98,7 +81,7 @@ class Region:
 
     def labels(self, start: Shape, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
         """(labels, known), both [z, y, x], of label voxels [start, start + shape) of the region. Raises SystemicError."""
-        piece = _read(self._labels, [a + b for a, b in zip(start, self._label_from, strict=True)], shape)
+        piece = _Read(self._labels).read([a + b for a, b in zip(start, self._label_from, strict=True)], shape)
         known = piece.known
         for axis, (first, n) in enumerate(zip(start, shape, strict=True)):
             at = np.arange(first, first + n)
@@ -113,24 +96,15 @@ class Region:
         corner = [round((self.label_grid.first_nm[a] - self.label_grid.pitch_nm[a] / 2
                          - self.raw_grid.first_nm[a] + self.raw_grid.pitch_nm[a] / 2) / self.raw_grid.pitch_nm[a]) for a in range(3)]
         first = [c + s * f for c, s, f in zip(corner, start, self.factor, strict=True)]
-        piece = _read(self._raw, first, [n * f for n, f in zip(shape, self.factor, strict=True)])
+        piece = _Read(self._raw).read(first, [n * f for n, f in zip(shape, self.factor, strict=True)])
         return Piece(self._scaled(piece.values), piece.inside)
 
     def context(self, centre_nm: Triple, shape: Shape) -> tuple[Piece, VoxelGrid]:
         """Pixels of the context around a place: `shape` of them, each the mean of `context_factor` voxels of the level that serves
         it, scaled; and their grid (its middle is within half a voxel of that level of the place). Raises SystemicError."""
-        level = self.context_volume
-        counts = [n * f for n, f in zip(shape, self.context_factor, strict=True)]
-        first = [round((c - t) / r - (n - 1) / 2) for c, t, r, n
-                 in zip(centre_nm, level.translation_nm, level.voxel_size_nm, counts, strict=True)]
-        piece = _read(self._coarse, first, counts)
-        values = self._scaled(piece.values)
-        (a, b, c), (fa, fb, fc) = shape, self.context_factor
-        values = values.reshape(a, fa, b, fb, c, fc).mean(axis=(1, 3, 5)) if max(self.context_factor) > 1 else values
-        inside = tuple(i.reshape(n, f).any(axis=1) for i, n, f in zip(piece.inside, shape, self.context_factor, strict=True))
-        fine = VoxelGrid(tuple(counts), tuple(t + s * r for t, s, r in zip(level.translation_nm, first, level.voxel_size_nm, strict=True)),  # type: ignore[arg-type]
-                         level.voxel_size_nm)
-        return Piece(values, inside), fine.pooled(self.context_factor)  # type: ignore[arg-type]
+        piece, first_nm = context_piece(self.context_volume, _Read(self._coarse), self.context_factor, centre_nm, shape)
+        pitch = tuple(r * f for r, f in zip(self.context_volume.voxel_size_nm, self.context_factor, strict=True))
+        return Piece(self._scaled(piece.values), piece.inside), VoxelGrid(shape, first_nm, pitch)  # type: ignore[arg-type]
 
     # ---------------------------------------------------------------- opening
 
@@ -141,21 +115,14 @@ class Region:
         """(the level, its voxels per pixel) for pixels of `pixel_nm`."""
         if pixel_nm is None:
             return self.raw_volume, (1, 1, 1)
-        box = self.source.box()
-        if box is None:  # a coarser level covers the same place
-            try:
-                found = open_volume(_request(self.source, pixel_nm))
-            except BadRequest:
-                found = self.raw_volume
-            if all(a <= b * 1.001 for a, b in zip(found.voxel_size_nm, pixel_nm, strict=True)):
-                ratio = tuple(b / a for a, b in zip(found.voxel_size_nm, pixel_nm, strict=True))
-                if all(abs(r - round(r)) < 1e-3 for r in ratio):
-                    return found, tuple(round(r) for r in ratio)  # type: ignore[return-value]
-        ratio = tuple(b / a for a, b in zip(self.raw_volume.voxel_size_nm, pixel_nm, strict=True))
-        if any(abs(r - round(r)) > 1e-3 or r < 0.999 for r in ratio):
-            raise BadRequest(f"pixels of the context of {pixel_nm} nm are no multiples of raw voxels of {self.raw_volume.voxel_size_nm} nm",
-                             where="context_factor", todo="choose another context_factor")
-        return self.raw_volume, tuple(round(r) for r in ratio)  # type: ignore[return-value]
+        coarser = None
+        if self.source.box() is None:  # a coarser level covers the same place
+            with contextlib.suppress(BadRequest):
+                coarser = open_volume(_request(self.source, pixel_nm))
+        found = context_level(self.raw_volume, coarser, pixel_nm)
+        if coarser is not None and found[0] is not coarser:
+            coarser.close()
+        return found
 
     def _range(self, count: int) -> tuple[float, float]:
         """Percentiles 0.1 and 99.9 of a sample of the region's blocks, those whose place has the smallest hash."""
@@ -186,26 +153,35 @@ def _request(source: LabelledVolume, size: tuple[float, ...] | None) -> VolumeRe
     return VolumeRequest(source.raw, raw_voxel_nm=_nm(size), dataset=source.raw_dataset, channel=channel, crop=source.box())  # type: ignore[arg-type]
 
 
-def _read(held: _Held, start: Sequence[int], shape: Sequence[int]) -> Piece:
-    try:
-        piece = held.read(start, shape)
-    except ItemError as error:
-        raise SystemicError(f"a training volume cannot be read: {error.what}", where=error.where,
-                            todo="restore it, then run the same command again: it resumes from the last state") from error
-    if piece.values.dtype.kind == "f" and not np.isfinite(piece.values).all():
-        raise SystemicError("a training volume holds NaN or infinite voxels", where=held.volume.ref.uri, todo="fill them, or leave "
-                            "them out by `region`")
-    return piece
+class _Read:
+    """What is kept of a volume, with errors as a training has them."""
+
+    def __init__(self, held: _Held):
+        self._held = held
+
+    def read(self, start: Sequence[int], shape: Sequence[int]) -> Piece:
+        """As `_Held.read`. Raises SystemicError."""
+        held = self._held
+        try:
+            piece = held.read(start, shape)
+        except ItemError as error:
+            raise SystemicError(f"a training volume cannot be read: {error.what}", where=error.where,
+                                todo="restore it, then run the same command again: it resumes from the last state") from error
+        if piece.values.dtype.kind == "f" and not np.isfinite(piece.values).all():
+            raise SystemicError("a training volume holds NaN or infinite voxels", where=held.volume.ref.uri, todo="fill them, or "
+                                "leave them out by `region`")
+        return piece
 
 
 def _factor(raw: Volume, labels: Volume, source: LabelledVolume) -> Shape:
     """Raw voxels per label voxel along each axis. Raises BadRequest where that is no whole number."""
-    ratio = [g / r for g, r in zip(labels.voxel_size_nm, raw.voxel_size_nm, strict=True)]
-    if any(abs(r - round(r)) > 1e-3 or round(r) < 1 for r in ratio):
+    whole = whole_ratio(labels.voxel_size_nm, raw.voxel_size_nm)
+    if whole is None:
+        ratio = [g / r for g, r in zip(labels.voxel_size_nm, raw.voxel_size_nm, strict=True)]
         raise BadRequest(f"labels of {'x'.join(f'{v:g}' for v in labels.voxel_size_nm)} nm over raw voxels of "
                          f"{'x'.join(f'{v:g}' for v in raw.voxel_size_nm)} nm: the ratio {', '.join(f'{r:.3g}' for r in ratio)} is no "
                          "whole number", where=source.labels, todo="choose levels by raw_voxel_size and label_voxel_size, or resample one")
-    return tuple(round(r) for r in ratio)  # type: ignore[return-value]
+    return whole
 
 
 def _covered(labels: VoxelGrid, raw: VoxelGrid, source: LabelledVolume) -> tuple[Shape, Shape]:

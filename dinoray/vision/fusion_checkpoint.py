@@ -93,10 +93,10 @@ def read_fusion_config(url: str) -> FusionConfig:
                          todo="it was written by another version of dinoray, or edited") from error
 
 
-def load_fusion(url: str, *, weights: str | None = None, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
+def load_fusion(url: str, *, weights: str | None = None, backbone_dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
                 accept_license: bool = False) -> tuple[FusionModel, FusionConfig]:
     """A checkpoint's model in eval mode, every tensor filled and used, and its config. `weights` says where the backbone lies,
-    instead of where the training job had it.
+    instead of where the training job had it. The UNet is float32: autocast takes it from there.
 
     Raises BadRequest (no checkpoint, no weights), WeightsError (tensors missing, left over, of other shapes, another digest).
     """
@@ -109,7 +109,7 @@ def load_fusion(url: str, *, weights: str | None = None, dtype: torch.dtype = to
         raise WeightsError(f"model.safetensors cannot be read: {error}", where=url, todo="copy it again") from error
     backbone: Backbone | None = None
     if config.backbone is not None:
-        backbone = load_backbone(config.backbone.model, weights or config.backbone.weights, device=device,
+        backbone = load_backbone(config.backbone.model, weights or config.backbone.weights, dtype=backbone_dtype, device=device,
                                  accept_license=accept_license, expect_digest=config.backbone.digest)
     model = new_model(config.model, backbone)
     wanted = {f"unet.{name}": tensor.shape for name, tensor in model.unet.state_dict().items()}
@@ -126,4 +126,4 @@ def load_fusion(url: str, *, weights: str | None = None, dtype: torch.dtype = to
         raise WeightsError(f"the weights' digest is {digest[:12]}, config.json says {config.weights_digest[:12]}", where=url,
                            todo="the file was changed or damaged: copy the checkpoint again")
     model.unet.load_state_dict({name.removeprefix("unet."): tensor for name, tensor in tensors.items()})
-    return model.to(device=device, dtype=dtype).eval().requires_grad_(False), config
+    return model.to(device=device).eval().requires_grad_(False), config

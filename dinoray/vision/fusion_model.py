@@ -117,9 +117,10 @@ class FusionModel(nn.Module):
     def _add_context(self, crops: Sequence[VolumeCrop], given: FusionInput, device: torch.device) -> None:
         wide = [_needed(c.context_grid) for c in crops]
         targets = [context_target(c.target_grid, grid) for c, grid in zip(crops, wide, strict=True)]
-        pixels = _stacked([_needed(c.context) for c in crops], device)
+        stored = [c.context_tokens for c in crops]
+        pixels = None if all(s is not None for s in stored) else _stacked([_needed(c.context) for c in crops], device)
         # contexts lie differently about their crops' centres: tokens are computed in the frame of the first, their grids moved
-        tokens, grids = self._tokens(pixels, wide[0], targets[0], [c.context_tokens for c in crops])
+        tokens, grids = self._tokens(pixels, wide[0], targets[0], stored)
         placed = [{plane: g if c.context_tokens is not None else _moved(g, wide[0], own) for plane, g in grid.items()}
                   for c, grid, own in zip(crops, grids, wide, strict=True)]
         given.context = plane_tokens(tokens, [
@@ -128,14 +129,16 @@ class FusionModel(nn.Module):
         context_places([c.target_grid for c in crops], targets, [_needed(c.context_inside) for c in crops], self.record.context_cells,
                        given)
 
-    def _tokens(self, raw: torch.Tensor, raw_grid: VoxelGrid, target: VoxelGrid, stored: list[Planes | None]
+    def _tokens(self, raw: torch.Tensor | None, raw_grid: VoxelGrid, target: VoxelGrid, stored: list[Planes | None]
                 ) -> tuple[dict[str, torch.Tensor], list[dict[str, VoxelGrid]]]:
         """(plane -> tokens [B, C, z, y, x], per crop plane -> their grid): stored ones, or computed from raw."""
         held = [s for s in stored if s is not None]
         if held:
             planes = list(held[0])
-            return ({plane: _stacked([s[plane][0] for s in held], raw.device) for plane in planes},
+            device = next(self.unet.parameters()).device
+            return ({plane: _stacked([s[plane][0] for s in held], device) for plane in planes},
                     [{plane: s[plane][1] for plane in planes} for s in held])
+        raw = _needed(raw)
         with torch.autocast(raw.device.type, enabled=False):
             tokens, grids = crop_tokens(_needed(self.backbone), raw, raw_grid, target, planes=planes_for(raw_grid),
                                         slice_batch=self.slice_batch)

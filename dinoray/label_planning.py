@@ -1,0 +1,159 @@
+"""From a job that segments a volume to what it reads and where everything lies: the volume, its context, the grid, the forecast."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Protocol
+
+from dinoray.config.volume_segmentation import SegmentVolumeJob
+from dinoray.errors import BadRequest
+from dinoray.io.prediction_grid import PredictionGrid, make_windows
+from dinoray.io.volume_grid import Shape, Triple
+from dinoray.io.volume_pieces import context_level, whole_ratio
+from dinoray.io.volumes import Volume, VolumeRequest, open_volume
+from dinoray.label_units import arrays
+from dinoray.wording import count_bytes, plural
+
+HALO = 32
+WINDOW = 128
+"""Side of windows of a model without context: larger ones cost less at their margins."""
+
+
+class Checkpoint(Protocol):
+    """What of a checkpoint's config decides here (vision.fusion_checkpoint.FusionConfig, which knows torch)."""
+
+    target: str
+    classes: tuple[str, ...]
+    offsets: tuple[Shape, ...]
+    voxel_nm: Triple
+    raw_voxel_nm: Triple
+    context_factor: int
+    crop_voxels: Shape
+
+
+def volume_request(job: SegmentVolumeJob, voxel_nm: Triple) -> VolumeRequest:
+    """How the job's volume is opened, in any process. `voxel_nm`: what the checkpoint was trained on."""
+    given = job.raw_voxel_size
+    size = voxel_nm if given is None else given[0] if len(given) == 1 else given
+    return VolumeRequest(job.sources[0], raw_voxel_nm=size, dataset=job.dataset, time=job.time, crop=job.crop_box(),  # type: ignore[arg-type]
+                         channel=int(job.channel) if (job.channel or "").isdigit() else job.channel)
+
+
+def open_source(job: SegmentVolumeJob, voxel_nm: Triple) -> Volume:
+    """The volume of a job, at the level that the checkpoint was trained on.
+
+    Raises BadRequest where there is none with those voxels (to 10 %), TransientError, SystemicError.
+    """
+    volume = open_volume(volume_request(job, voxel_nm))
+    if any(abs(a - b) > 0.1 * b for a, b in zip(volume.voxel_size_nm, voxel_nm, strict=True)):
+        volume.close()
+        raise BadRequest(f"the volume has voxels of {_nm(volume.voxel_size_nm)}, the model was trained on {_nm(voxel_nm)}",
+                         where=job.sources[0], todo="choose the level by --raw-voxel-size, or resample the volume")
+    return volume
+
+
+def context_source(job: SegmentVolumeJob, config: Checkpoint, volume: Volume) -> tuple[Volume, Shape]:
+    """(the level that serves the context, its voxels per pixel): a coarser one where the whole volume is segmented and there is one.
+
+    Raises BadRequest where pixels of the context are no multiples of voxels.
+    """
+    pixel: Triple = tuple(r * config.context_factor for r in volume.voxel_size_nm)  # type: ignore[assignment]
+    coarser = None
+    if job.crop is None:
+        with contextlib.suppress(BadRequest):
+            coarser = open_volume(VolumeRequest(job.sources[0], raw_voxel_nm=pixel, dataset=job.dataset, time=job.time,
+                                                channel=volume_request(job, pixel).channel))
+    found = context_level(volume, coarser, pixel)
+    if coarser is not None and found[0] is not coarser:
+        coarser.close()
+    return found
+
+
+def make_grid(job: SegmentVolumeJob, config: Checkpoint, volume: Volume, *, multiple: int, has_context: bool) -> PredictionGrid:
+    """The geometry of a job. `multiple`: what the UNet pools by. Raises BadRequest."""
+    factor = whole_ratio(config.voxel_nm, config.raw_voxel_nm)
+    assert factor is not None, "a checkpoint is of whole factors"
+    shape: Shape = tuple(n // f for n, f in zip(volume.shape, factor, strict=True))  # type: ignore[assignment]
+    if min(shape) < 1:
+        raise BadRequest(f"a volume of {'x'.join(map(str, volume.shape))} voxels is smaller than a predicted voxel of "
+                         f"{'x'.join(map(str, factor))}", where=job.sources[0], todo="give a larger volume, or --crop")
+    size: Triple = tuple(r * f for r, f in zip(volume.voxel_size_nm, factor, strict=True))  # type: ignore[assignment]
+    first: Triple = tuple(t + (f - 1) / 2 * r for t, f, r  # type: ignore[assignment]
+                          in zip(volume.translation_nm, factor, volume.voxel_size_nm, strict=True))
+    if job.window_voxels is not None:
+        window: Shape = job.window_voxels * 3 if len(job.window_voxels) == 1 else job.window_voxels  # type: ignore[assignment]
+    else:
+        window = tuple(-(-(c if has_context else max(c, WINDOW)) // multiple) * multiple for c in config.crop_voxels)  # type: ignore[assignment]
+    halo: Shape = tuple(min(HALO, w // 4 // multiple * multiple) if job.halo_voxels is None else job.halo_voxels  # type: ignore[assignment]
+                        for w in window)
+    window, halo = make_windows(shape, window, halo, multiple, shrink=not has_context)
+    if config.target == "affinities":
+        dtype, outputs = "uint64", len(config.offsets)
+    else:
+        dtype, outputs = ("uint8" if len(config.classes) <= 256 else "uint16"), len(config.classes)
+    return PredictionGrid(shape, size, first, volume.voxel_size_nm, factor, window, halo, multiple, job.blend, not has_context, outputs,
+                          job.probability_dtype, dtype, job.block_voxels)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a plan will compute and write, before anything is."""
+
+    grid: PredictionGrid
+    unit_windows: int
+    instances: bool
+    probabilities: bool
+
+    @property
+    def amplification(self) -> float:
+        """Windows of all units over those of a run in one unit."""
+        return self.grid.windows_in_all(self.unit_windows) / self.grid.windows_once
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of the arrays before compression."""
+        return sum(spec.nbytes for spec in arrays(self.grid, instances=self.instances, probabilities=self.probabilities))
+
+    @property
+    def unit_bytes(self) -> int:
+        """What a unit takes beside the model: the blended layers, two layers of raw voxels, and shards on their way."""
+        grid = self.grid
+        sides = [min(n, grid.unit_voxels(a, self.unit_windows)) for a, n in enumerate(grid.shape)]
+        depth = min(sides[0], grid.shards[0] + grid.lattice(0).window)
+        layer = prod(s + 2 * h for s, h in zip(sides[1:], grid.halo[1:], strict=True)) * (grid.window[0] + 2 * grid.halo[0])
+        shard = prod(grid.shards) * grid.outputs
+        return depth * sides[1] * sides[2] * (4 * grid.outputs + 1) * 2 + 2 * layer * prod(grid.factor) * 2 + 5 * shard * 4
+
+    def lines(self) -> list[str]:
+        """For the log."""
+        grid = self.grid
+        what = "affinities, then instances" if self.instances else "classes"
+        margins = "blended over" if grid.blend else "without"
+        return [f"{what} of {'x'.join(map(str, grid.shape))} voxels of {_nm(grid.voxel_nm)} (z, y, x), "
+                f"{prod(grid.factor)} raw voxel{'' if prod(grid.factor) == 1 else 's'} each",
+                f"{plural(grid.windows_in_all(self.unit_windows), 'window')} of {'x'.join(map(str, grid.window))} voxels, {margins} margins of "
+                f"{'x'.join(map(str, grid.halo))}; {self.amplification:.2f} times those of one unit; output at most "
+                f"{count_bytes(self.output_bytes)}; {count_bytes(self.unit_bytes)} of memory for a unit beside the model"]
+
+
+def make_forecast(job: SegmentVolumeJob, grid: PredictionGrid, *, instances: bool) -> Forecast:
+    """The forecast of a job. Raises BadRequest for output above max_output_bytes and units above memory_bytes."""
+    forecast = Forecast(grid, grid.unit_windows(job.unit_windows), instances, job.probabilities)
+    if job.unit_windows is None:
+        while forecast.unit_bytes > job.memory_bytes and forecast.unit_windows > 1:
+            forecast = Forecast(grid, forecast.unit_windows - 1, instances, job.probabilities)
+    if forecast.output_bytes > job.max_output_bytes:
+        raise BadRequest(f"the output would have {count_bytes(forecast.output_bytes)} before compression; the limit is "
+                         f"{count_bytes(job.max_output_bytes)}", where="--max-output-bytes", todo="raise the limit, or take a --crop")
+    if forecast.unit_bytes > job.memory_bytes:
+        raise BadRequest(f"a unit needs about {count_bytes(forecast.unit_bytes)} of memory; an actor may take "
+                         f"{count_bytes(job.memory_bytes)} beyond the model", where="--memory-bytes",
+                         todo="raise it, or take smaller --unit-windows or --window-voxels")
+    return forecast
+
+
+def _nm(sizes: Sequence[float]) -> str:
+    return (f"{sizes[0]:g}" if len(set(sizes)) == 1 else " x ".join(f"{s:g}" for s in sizes)) + " nm"
