@@ -188,8 +188,12 @@ def check_alone(grid: VolumeGrid, slabs: list[Slab]) -> None:
     Raises BadRequest when it does not (a mistake of ours: the plan is not sealed).
     """
     for slab in slabs:
-        spec = array_of(grid, slab.array)
-        for a, b, shard, size in zip(slab.start, slab.stop, spec.shards, spec.shape, strict=True):
-            if a % shard or (b % shard and b != size) or not 0 <= a < b <= size:
-                raise BadRequest(f"the slab {slab.id} cuts shards of {'x'.join(map(str, spec.shards))}", where=spec.name,
-                                 todo="this is a bug of dinoray; try other --unit-windows and --unit-planes, and report it")
+        check_alone_on(array_of(grid, slab.array), slab.start, slab.stop)
+
+
+def check_alone_on(spec: ArraySpec, start: Shape, stop: Shape) -> None:
+    """The same for the box [start, stop) of an array."""
+    for a, b, shard, size in zip(start, stop, spec.shards, spec.shape, strict=True):
+        if a % shard or (b % shard and b != size) or not 0 <= a < b <= size:
+            raise BadRequest(f"the box {start}..{stop} cuts shards of {'x'.join(map(str, spec.shards))}", where=spec.name,
+                             todo="this is a bug of dinoray; try another --unit-windows, and report it")

@@ -17,6 +17,7 @@ from dinoray.driver import refuse_if_held
 from dinoray.errors import ChangedRequest
 from dinoray.failpoints import reach
 from dinoray.generations import generations
+from dinoray.io.prediction_grid import MERGE
 from dinoray.io.stores import open_store
 from dinoray.io.volume_arrays import check_arrays, create_arrays
 from dinoray.io.volumes import Volume
@@ -25,6 +26,7 @@ from dinoray.label_units import arrays, stages
 from dinoray.request import absolute, check_request, record_request, resume_command
 from dinoray.resolve import resolve
 from dinoray.session import Outcome, Session, open_session
+from dinoray.slabs import check_alone_on
 from dinoray.units import Plan, PlanWriter, item_digest, item_row
 from dinoray.volume_extraction import check_inputs, volume_limits
 
@@ -97,6 +99,8 @@ def seal_segmentation(session: Session, volume: Volume, forecast: Forecast, inpu
     for stage in stages(grid, forecast.unit_windows, instances=forecast.instances):
         for boxes in stage:
             for box in boxes:
+                if box.array != MERGE:
+                    check_alone_on(grid.labels, box.start, box.stop)
                 item = box.item(volume.ref, prod(box.shape) * itemsize)
                 writer.add(item_row(item), item_digest(item))
                 num_items += 1

@@ -37,6 +37,9 @@ class ContextFusionKind:
         try:
             CropSampler(job, regions)  # refuses regions that no crop fits
             model = build_model(job, job.weights, None, regions[0].factor)
+            for region in regions:
+                if model.backbone is not None:
+                    region.attach(model.backbone.digest, job.context_factor)
         finally:
             for region in regions:
                 region.close()

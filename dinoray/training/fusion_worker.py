@@ -40,7 +40,7 @@ def run_context_fusion(spec: TrainingSpec, workers: Workers, report: Report) -> 
     except FileNotFoundError as error:
         raise OutputDamaged("the survey of the volumes is missing", where=f"{store.url}/{SURVEY_KEY}",
                             todo="run the training command again") from error
-    train, validation = opened(job, job.train, 0.5), opened(job, job.validation, 0.5)
+    train, validation = (opened(job, sources, 0.5, spec.digest or None) for sources in (job.train, job.validation))
     model = build_model(job, spec.weights or None, spec.digest or None, train[0].factor)
     weights = class_weights(torch.tensor(survey["counts"])).numpy() if job.target == "classes" and job.class_balance else None
     task = ContextFusionTask(job, spec.fingerprint, model, train, validation, weights)

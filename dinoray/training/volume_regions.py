@@ -20,7 +20,9 @@ from dinoray.io.volume_grid import Shape, Triple
 from dinoray.io.volume_pieces import Piece, Pieces, context_level, context_piece, folds, whole_ratio
 from dinoray.io.volumes import Volume, VolumeRequest, open_volume
 from dinoray.vision.quality import percentiles
+from dinoray.vision.stored_tokens import StoredTokens
 from dinoray.vision.voxel_grids import VoxelGrid
+from dinoray.volume_tokens import open_tokens
 
 ALIGNED = 0.05
 """Share of a raw voxel by which the grids of raw and labels may be apart: rounding of metadata."""
@@ -71,6 +73,18 @@ class Region:
         self._raw, self._labels = _Held(self.raw_volume, keep[0]), _Held(self.label_volume, keep[2])
         self._coarse = self._raw if self.context_volume is self.raw_volume else _Held(self.context_volume, keep[1])
         self.low, self.high = self._range(scaling_sample)
+        self.tokens: StoredTokens | None = None
+        """Stored tokens of the raw voxels, where there are any."""
+        self.context_tokens: StoredTokens | None = None
+        """The same of the context."""
+
+    def attach(self, digest: str, context_factor: int) -> None:
+        """Open the stored tokens that the source names. `digest`: of the backbone. Raises BadRequest for others' tokens."""
+        for name, factor in (("tokens", 1), ("context_tokens", context_factor)):
+            url = getattr(self.source, name)
+            if url is not None:
+                pixel: Triple = tuple(p * factor for p in self.raw_grid.pitch_nm)  # type: ignore[assignment]
+                setattr(self, name, open_tokens(url, digest=digest, raw_voxel_nm=pixel, name=name, limits=(self.low, self.high)))
 
     def close(self) -> None:
         """Close the volumes."""

@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dinoray.config.fusion import TrainContextFusionJob
-from dinoray.errors import BadRequest
+from dinoray.errors import BadRequest, ItemError, SystemicError
 from dinoray.io.volume_grid import Shape, Triple
 from dinoray.training.sampling import generator, pick
 from dinoray.training.volume_augmentation import spoil
 from dinoray.training.volume_regions import Region
 from dinoray.training.volume_turns import Turn, turns
-from dinoray.vision.fusion_model import VolumeCrop
+from dinoray.vision.fusion_model import Planes, VolumeCrop
+from dinoray.vision.stored_tokens import StoredTokens
 from dinoray.vision.voxel_grids import VoxelGrid
 
 @dataclass(frozen=True)
@@ -77,11 +78,15 @@ class CropSampler:
         raw = region.raw(start, self.shape).values
         fine: Triple = tuple(g / f for g, f in zip(crop.pitch_nm, region.factor, strict=True))  # type: ignore[assignment]
         found = VolumeCrop(centred(self.shape, crop.pitch_nm), raw, centred(raw.shape, fine))  # type: ignore[arg-type]
+        if region.tokens is not None:
+            found = replace(found, tokens=_stored(region.tokens, centre, found.target_grid))
         if job.fusion == "none":
             return CropSample(found, labels, known)
         pixels = tuple(n * f for n, f in zip(self.shape, region.factor, strict=True))
         piece, grid = region.context(centre, pixels)  # type: ignore[arg-type]
         found = replace(found, context=piece.values, context_grid=about(grid, centre), context_inside=piece.inside)
+        if region.context_tokens is not None:
+            found = replace(found, context_tokens=_stored(region.context_tokens, centre, about(grid, centre)))
         return CropSample(found, labels, known)
 
     def _place(self, region: Region, rng: np.random.Generator) -> Shape:
@@ -115,6 +120,13 @@ class CropSampler:
             if ids < job.min_ids:
                 return f"{ids} different labels (min_ids {job.min_ids})"
         return ""
+
+
+def _stored(tokens: StoredTokens, centre: Triple, target: VoxelGrid) -> Planes:
+    try:
+        return tokens.around(centre, target)
+    except ItemError as error:
+        raise SystemicError(f"stored tokens cannot be used: {error.what}", where=error.where, todo=error.todo) from error
 
 
 def centred(shape: Shape, pitch_nm: Triple) -> VoxelGrid:

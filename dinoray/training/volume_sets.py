@@ -77,9 +77,17 @@ def context_pixel(region: Region, factor: int) -> Triple:
     return tuple(p * factor for p in region.raw_grid.pitch_nm)  # type: ignore[return-value]
 
 
-def opened(job: TrainContextFusionJob, sources: Sequence[LabelledVolume], share: float) -> list[Region]:
-    """The regions of a set, to be sampled, with `share` of cache_bytes. Raises BadRequest."""
+def opened(job: TrainContextFusionJob, sources: Sequence[LabelledVolume], share: float, digest: str | None = None) -> list[Region]:
+    """The regions of a set, to be sampled, with `share` of cache_bytes. `digest`: of the backbone whose stored tokens are read; None
+    leaves them closed. Raises BadRequest."""
     found = []
+    for name, used in (("tokens", job.inputs != "raw"), ("context_tokens", job.fusion != "none")):
+        given = sum(getattr(source, name) is not None for source in sources)
+        if given and not used:
+            raise BadRequest(f"the model looks at no {name.replace('_', ' ')}", where=name, todo="leave them out, or change inputs or fusion")
+        if 0 < given < len(sources):
+            raise BadRequest(f"{given} of {plural(len(sources), 'region')} have stored {name.replace('_', ' ')}", where=name,
+                             todo="give them for all regions of a set, or for none")
     for source in sources:
         pixel = None
         if job.fusion != "none":
@@ -88,6 +96,8 @@ def opened(job: TrainContextFusionJob, sources: Sequence[LabelledVolume], share:
             first.close()
         found.append(Region(source, keep_bytes=int(share * job.cache_bytes / len(sources) / 3), context_nm=pixel,
                             scaling_sample=job.scaling_sample))
+        if digest is not None:
+            found[-1].attach(digest, job.context_factor)
     sizes = {(r.raw_grid.pitch_nm, r.label_grid.pitch_nm) for r in found}
     if len({tuple(round(v, 3) for pitch in size for v in pitch) for size in sizes}) > 1:
         raise BadRequest("the regions have voxels of different sizes: " + "; ".join(sorted(
