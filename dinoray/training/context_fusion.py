@@ -45,14 +45,6 @@ class Sample:
     """Of voxels, for affinities: [z, y, x] float32."""
 
 
-@dataclass
-class Seconds:
-    """Where the time of steps went, in s, since it was last asked for."""
-
-    extraction: float = 0.0
-    unet: float = 0.0
-
-
 def record_of(job: TrainContextFusionJob, factor: Shape) -> FusionRecord:
     """The architecture that a job asks for."""
     return FusionRecord(outputs=len(job.offsets) if job.target == "affinities" else len(job.classes), factor=factor, inputs=job.inputs,
@@ -68,7 +60,7 @@ class ContextFusionTask:
         self.job, self.fingerprint, self.model = job, fingerprint, model
         self.train, self.validation = CropSampler(job, train), CropSampler(job, validation)
         self.class_weights = None if class_weights is None else torch.from_numpy(class_weights.astype(np.float32))
-        self.seconds = Seconds()
+        self._extraction_s = 0.0
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return parameter_groups(self.model.unet, self.job.learning_rate, self.job.weight_decay)
@@ -96,8 +88,9 @@ class ContextFusionTask:
     def loss(self, samples: list[Sample]) -> Pair:
         began = time.perf_counter()
         given = self.model.prepare([s.sample.crop for s in samples])
-        self.seconds.extraction += time.perf_counter() - began
-        began = time.perf_counter()
+        if given.raw is not None and given.raw.is_cuda:
+            torch.cuda.synchronize()  # or the time would be that of asking, not of doing
+        self._extraction_s += time.perf_counter() - began
         logits = self.model.unet(given)
         device = logits.device
         target, known = (torch.from_numpy(np.stack([getattr(s, name) for s in samples])).to(device) for name in ("target", "known"))
@@ -109,8 +102,12 @@ class ContextFusionTask:
             kind = "focal_dice" if job.loss == "auto" else job.loss
             weights = None if self.class_weights is None else self.class_weights.to(device)
             pair = class_loss(kind, logits, target, known, weights=weights, gamma=job.focal_gamma, alpha=job.tversky[0], beta=job.tversky[1])
-        self.seconds.unet += time.perf_counter() - began
         return pair
+
+    def spent(self) -> dict[str, float]:
+        """Seconds of the extraction (slices through the backbone, or stored tokens and matrices) since it was last asked for."""
+        seconds, self._extraction_s = self._extraction_s, 0.0
+        return {"extraction": seconds}
 
     # ---------------------------------------------------------------- validation
 
@@ -162,12 +159,14 @@ class ContextFusionTask:
     def _scored(self, sample: Sample) -> tuple[float, float, torch.Tensor]:
         found: list[torch.Tensor] = []
         keep = self.model.unet.register_forward_hook(lambda module, args, output: found.append(output))
+        spent = self._extraction_s  # of steps alone
         try:
             with torch.autocast(next(self.model.unet.parameters()).device.type, dtype=torch.bfloat16,
                                 enabled=self.job.precision == "bfloat16"):
                 loss, weight = self.loss([sample])
         finally:
             keep.remove()
+            self._extraction_s = spent
         return float(loss), float(weight), found[0]
 
     def _validation_places(self) -> list[tuple[Region, Shape]]:

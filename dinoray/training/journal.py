@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 HISTORY_KEY, BOARD = "history.json", "tensorboard"
 PROGRESS_EVERY_S = 3.0
-_TAGS = {"loss": "train/loss", "lr": "train/lr", "grad_norm": "train/grad_norm", "samples_per_s": "speed/samples_per_s"}
+_TAGS = {"loss": "train/loss", "lr": "train/lr", "grad_norm": "train/grad_norm", "samples_per_s": "speed/samples_per_s",
+         "wait_share": "speed/wait_share", "extraction_share": "speed/extraction_share"}
 
 
 class Journal:

@@ -35,7 +35,7 @@ STOP_LOOK_S = 5.0
 
 
 class Task(Protocol):
-    """What is learned."""
+    """What is learned. A task may have `spent()`: seconds by the name of a part of its steps, since it was last asked."""
 
     fingerprint: str
     model: nn.Module
@@ -76,7 +76,8 @@ class Progress:
     ended: str = ""
     """`steps` or `patience` when training is over."""
     history: list[dict[str, float]] = field(default_factory=list)
-    """A row per logged step (`step`, `loss`, `lr`, `grad_norm`, `samples_per_s`) and per validation (`step`, `val_*`)."""
+    """A row per logged step (`step`, `loss`, `lr`, `grad_norm`, `samples_per_s`, `*_share` of the steps' time: `wait_share` waited for
+    samples, others are the task's) and per validation (`step`, `val_*`)."""
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:
@@ -124,7 +125,10 @@ def fit(job: TrainingJob, task: Task, workers: Workers, store: Store, *,
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
             model.train()
-            result = stepper.step(ahead.next(), seed=(job.seed * 1_000_003 + progress.step) % 2**63)
+            waiting_since = time.monotonic()
+            parts = ahead.next()
+            run.waited_s += time.monotonic() - waiting_since
+            result = stepper.step(parts, seed=(job.seed * 1_000_003 + progress.step) % 2**63)
             if mean is not None:
                 mean.update(model)
             progress.step += 1
@@ -195,6 +199,8 @@ class _Run:
     stepping_since: float = field(default_factory=time.monotonic)
     stepping_s: float = 0.0
     """Seconds in this run's steps since the last logged one, without validations and saving."""
+    waited_s: float = 0.0
+    """What of `stepping_s` was spent waiting for samples."""
     saved: tuple[int, str] = (-1, "")
     """Step and `ended` of the newest state."""
     stepped: int = 0
@@ -222,8 +228,10 @@ class _Run:
         if step % job.log_every == 0 or step == job.steps:
             row = {"step": step, "loss": sum(progress.losses) / len(progress.losses), "lr": lr, "grad_norm": grad_norm,
                    "samples_per_s": self.stepped * job.batch_size / max(1e-9, self.stepping_s)}
+            spent = {"wait": self.waited_s} | getattr(self.task, "spent", dict)()
+            row |= {f"{name}_share": min(1.0, seconds / max(1e-9, self.stepping_s)) for name, seconds in spent.items()}
             self._tick()
-            progress.losses, self.stepped, self.stepping_s = [], 0, 0.0
+            progress.losses, self.stepped, self.stepping_s, self.waited_s = [], 0, 0.0, 0.0
             progress.history.append(row)
             if self.journal is not None:
                 self.journal.add(row, progress)

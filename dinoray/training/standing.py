@@ -61,6 +61,9 @@ def figures(progress: dict[str, Any]) -> str:
     words = [f"step {progress['step']}/{progress['steps']}"]
     words += [f"{name.replace('val_', 'validation ')} {progress[name]:.4g}"
               for name in ("loss", "val_loss", "lr", "samples_per_s") if name in progress]
+    if "extraction_share" in progress:
+        extraction, wait = progress["extraction_share"], progress.get("wait_share", 0.0)
+        words.append(f"extraction {extraction:.0%}, UNet {max(0.0, 1 - extraction - wait):.0%}, data wait {wait:.0%}")
     return "  ".join(words)
 
 

@@ -23,7 +23,7 @@ from dinoray.training.sampling import generator
 from dinoray.training.states import load_best, load_last
 from dinoray.training.workers import Workers
 
-TIMES = ("samples_per_s",)
+TIMES = ("samples_per_s", "wait_share", "extraction_share")
 """Columns of the history that no two runs share."""
 
 
