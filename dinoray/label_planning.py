@@ -95,7 +95,7 @@ def make_grid(job: SegmentVolumeJob, config: Checkpoint, volume: Volume, *, mult
     else:
         dtype, outputs = ("uint8" if len(config.classes) <= 256 else "uint16"), len(config.classes)
     return PredictionGrid(shape, size, first, volume.voxel_size_nm, factor, window, halo, multiple, job.blend, not has_context, outputs,
-                          job.probability_dtype, dtype, job.block_voxels)
+                          job.probability_dtype, dtype, job.block_voxels, job.shard_voxels)
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,8 @@ class Session:
         if tally.quarantined:
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(tally.reasons.items()))
             bad = f", {tally.quarantined} quarantined ({reasons})"
-            self.say(f"quarantined items: once they are mended, run: dinoray retry {out}")
+            self.say(f"quarantined items: once they are mended, run: dinoray retry {out}" if self.job.retried else
+                     "quarantined: labels are 0 there; mend the volume and segment it into a new --out")
         if outcome.verified["without_objects"]:
             bad += f", {outcome.verified['without_objects']} without objects"
         if tally.degraded_units:

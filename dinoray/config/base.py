@@ -27,6 +27,8 @@ class UnitJob(BaseModel):
     command: ClassVar[str]
     noun: ClassVar[str] = "image"
     row_noun: ClassVar[str] = "row"
+    retried: ClassVar[bool] = True
+    """Whether `dinoray retry` can mend single items."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 

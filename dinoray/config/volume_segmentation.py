@@ -21,6 +21,7 @@ class SegmentVolumeJob(UnitJob):
     command: ClassVar[str] = "volume"
     noun: ClassVar[str] = "block"
     row_noun: ClassVar[str] = "voxel"
+    retried: ClassVar[bool] = False
 
     sources: tuple[str, ...] = Field(min_length=1, max_length=1)
     """One volume: OME-Zarr, Zarr, N5, HDF5, a TIFF stack, or a folder (or glob) of slices; local or `s3://`."""
@@ -67,6 +68,8 @@ class SegmentVolumeJob(UnitJob):
     """Type of stored probabilities; uint8 is 255 for 1."""
     block_voxels: int = Field(256, ge=32, le=2048)
     """Side of the blocks in which instances are found and joined, rounded up to whole shards."""
+    shard_voxels: int = Field(128, ge=8, le=1024)
+    """Side of a stored object, about: whole strides of windows."""
     unit_windows: int | None = Field(None, ge=1)
     """Side of a unit in windows, rounded up to whole shards; default the smallest that computes at most 50 % twice."""
     max_output_bytes: int = Field(1_000_000_000_000, ge=1)

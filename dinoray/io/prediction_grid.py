@@ -49,6 +49,8 @@ class PredictionGrid:
     """Of stored probabilities."""
     labels_dtype: str
     block_voxels: int
+    shard_voxels: int = SHARD_VOXELS
+    """Voxels a side that a shard aims at."""
 
     def as_dict(self) -> dict[str, Any]:
         """As plain values, for the plan."""
@@ -88,7 +90,7 @@ class PredictionGrid:
 
     def _shard(self, axis: int) -> int:
         stride = self.lattice(axis).stride
-        return stride * max(1, round(SHARD_VOXELS / stride))
+        return stride * min(max(1, round(self.shard_voxels / stride)), -(-self.shape[axis] // stride))
 
     @property
     def chunks(self) -> Shape:

@@ -40,9 +40,9 @@ def table(store: Store, key: str) -> np.ndarray:
                             todo="delete the receipt of its unit and run the same command again: it is made anew") from error
 
 
-def fragments_of(values: np.ndarray, before: Sequence[int], threshold: float, offsets: Sequence[Offset], kind: str) -> np.ndarray:
+def fragments_of(values: np.ndarray, before: Sequence[int], after: Sequence[bool], threshold: float, offsets: Sequence[Offset], kind: str) -> np.ndarray:
     """Fragments uint32 [z, y, x], 1.., of a block from affinities [A, z, y, x] in 0..1, which also hold `before` (0 or 1) planes
-    of the blocks before it along each axis.
+    of the blocks before it along each axis; `after`: whether there is a block behind it.
 
     Those planes say which voxels are joined to a neighbour across the face: such a voxel is a fragment even when nothing else holds
     it. They are no part of the result.
@@ -57,7 +57,8 @@ def fragments_of(values: np.ndarray, before: Sequence[int], threshold: float, of
     for axis in range(3):
         last = [slice(None)] * 3
         last[axis] = slice(-1, None)
-        alone[tuple(last)] |= block[(axis, *last)] > threshold
+        if after[axis]:
+            alone[tuple(last)] |= block[(axis, *last)] > threshold
         if before[axis]:
             plane = list(own)
             plane[axis] = slice(0, 1)

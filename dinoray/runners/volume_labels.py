@@ -84,7 +84,8 @@ class VolumeLabelRunner(UnitRunner):
             before = [min(1, a) for a in box.start]
             low = [a - b for a, b in zip(box.start, before, strict=True)]
             values = self._affinities(*(n for pair in zip(low, box.stop, strict=True) for n in pair))
-            return fragments_of(values, before, self.threshold, self.config.offsets, self.job.instances)
+            after = [b < n for b, n in zip(box.stop, self.grid.shape, strict=True)]
+            return fragments_of(values, before, after, self.threshold, self.config.offsets, self.job.instances)
         if box.array == EDGES:
             return block_edges(self.grid, box.start, box.stop, self._fragments, self._affinities, self.threshold, self.job.instances)
         return None

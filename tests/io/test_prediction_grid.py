@@ -15,10 +15,10 @@ from dinoray.io.prediction_grid import PredictionGrid, make_windows
 from dinoray.slabs import check_alone_on
 
 
-def grid_of(shape, *, window=32, halo=4, multiple=4, blend=True, clip=True, block=48, outputs=3) -> PredictionGrid:
+def grid_of(shape, *, window=32, halo=4, multiple=4, blend=True, clip=True, block=48, outputs=3, shard=32) -> PredictionGrid:
     windows, halos = make_windows(shape, (window,) * 3, (halo,) * 3, multiple, shrink=clip)
     return PredictionGrid(shape, (8.0,) * 3, (4.0,) * 3, (8.0,) * 3, (1, 1, 1), windows, halos, multiple, blend, clip, outputs, "uint8",
-                          "uint64", block)
+                          "uint64", block, shard)
 
 
 SIDES = st.integers(1, 200)

@@ -45,7 +45,7 @@ def box_of(grid, values, start, stop, noise=False, lost=None):
 @settings(deadline=None, max_examples=25)
 @given(st.tuples(st.integers(1, 90), st.integers(1, 70), st.integers(1, 50)), st.booleans(), st.integers(0, 99))
 def test_an_identity_comes_back_whatever_the_sizes(shape, blend, seed) -> None:
-    grid = grid_of(shape, window=16, halo=4, blend=blend, outputs=2)
+    grid = grid_of(shape, window=16, halo=4, blend=blend, outputs=2, shard=16)
     values = np.random.default_rng(seed).random((2, *shape), np.float32)
     found, missing = box_of(grid, values, (0, 0, 0), shape)
     np.testing.assert_allclose(found, values, atol=1e-6)
@@ -55,7 +55,7 @@ def test_an_identity_comes_back_whatever_the_sizes(shape, blend, seed) -> None:
 @settings(deadline=None, max_examples=10)
 @given(st.tuples(st.integers(100, 300), st.integers(20, 150), st.integers(20, 60)), st.integers(1, 3))
 def test_any_cut_into_units_gives_equal_bytes(shape, windows) -> None:
-    grid = grid_of(shape, window=16, halo=4, outputs=1)
+    grid = grid_of(shape, window=16, halo=4, outputs=1, shard=16)
     values = np.random.default_rng(1).random((1, *shape), np.float32)
     whole, _ = box_of(grid, values, (0, 0, 0), shape, noise=True)
     for start, stop in grid.units(windows):

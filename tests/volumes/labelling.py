@@ -42,7 +42,7 @@ def make_checkpoint(folder: Path, *, target: str = "classes", inputs: str = "raw
 def segment_job(source: Path | str, checkpoint: Path, out: Path | str, **fields: Any) -> SegmentVolumeJob:
     """Small windows and units, in this process."""
     values = {"sources": str(source), "checkpoint": str(checkpoint), "out": str(out), "no_ray": True, "window_voxels": 16, "halo_voxels": 4,
-              "unit_windows": 2, "block_voxels": 32, "decode_threads": 2, "compute_threads": 2, "precision": "float32", "device": "cpu"}
+              "unit_windows": 2, "block_voxels": 32, "shard_voxels": 16, "decode_threads": 2, "compute_threads": 2, "precision": "float32", "device": "cpu"}
     return SegmentVolumeJob(**(values | fields))
 
 

@@ -21,7 +21,7 @@ from dinoray.verification import open_run, verify_deep
 from dinoray.vision.affinities import components
 from dinoray.vision.fusion_model import VolumeCrop
 from dinoray.volume_segmentation import segment_volume
-from tests.runs import data_objects, use_tiny_backbone
+from tests.runs import data_objects, tiny_backbone, use_tiny_backbone
 from tests.training.volumes import write_volume
 from tests.volumes.labelling import labels_of, make_checkpoint, probabilities_of, segment_job
 from tests.volumes.making import make_volume
@@ -61,7 +61,7 @@ def test_with_a_margin_of_the_receptive_radius_probabilities_are_those_of_the_wh
     checkpoint, model, _ = make_checkpoint(tmp_path / "c", target=target)
     radius = model.unet.unet.receptive_radius
     halo = -(-radius // 4) * 4
-    lines = run(source, checkpoint, tmp_path / "out", window_voxels=2 * halo + 16 if 2 * halo + 16 >= 4 * halo else 4 * halo,
+    lines = run(source, checkpoint, tmp_path / "out", window_voxels=4 * halo,
                 halo_voxels=halo, blend=False, probabilities=target == "classes", probability_dtype="float32")
     assert any(f"receptive radius {radius}" in line and "exactly" in line for line in lines)
     logits = whole(model, source, open_run(str(tmp_path / "out"))[1].facts["limits"])
@@ -78,6 +78,7 @@ def test_with_a_margin_of_the_receptive_radius_probabilities_are_those_of_the_wh
 @pytest.mark.parametrize("fusion", ["none", "full"])
 def test_any_cut_into_units_gives_equal_bytes(source, tmp_path, monkeypatch, fusion, fields) -> None:
     use_tiny_backbone(monkeypatch)
+    monkeypatch.setattr("dinoray.vision.fusion_checkpoint.load_backbone", lambda *args, dtype, **rest: tiny_backbone().to(dtype))
     checkpoint, _, _ = make_checkpoint(tmp_path / "c", target="affinities", fusion=fusion, inputs="raw" if fusion == "none" else "both")
     outs = []
     for windows in (1, 3, 100):
@@ -143,9 +144,10 @@ def test_windows_that_cannot_be_read_are_background_and_their_block_is_quarantin
     chunk.write_bytes(b"nothing")
     checkpoint, _, _ = make_checkpoint(tmp_path / "c")
     lines: list[str] = []
-    outcome = segment_volume(segment_job(source, checkpoint, tmp_path / "out", scaling="dtype"), lines.append)
+    outcome = segment_volume(segment_job(source, checkpoint, tmp_path / "out", scaling="dtype", unit_windows=100), lines.append)
     assert outcome.exit_code == 3 and outcome.tally.quarantined == 1, lines
     assert (labels_of(tmp_path / "out") != 0).mean() > 0.1
+    assert any("segment it into a new --out" in line for line in lines) and not any("dinoray retry" in line for line in lines)
     verify_deep(open_run(str(tmp_path / "out"))[0])
     assert any("1 quarantined" in line for line in status_lines(str(tmp_path / "out")))
     with pytest.raises(BadRequest, match="not tried again"):
