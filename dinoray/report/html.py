@@ -20,6 +20,7 @@ from dinoray.errors import BadRequest, OutputDamaged
 from dinoray.io.stores import filesystem, is_local, local_path, open_store
 from dinoray.report import plots
 from dinoray.report.gallery import Gallery, build_gallery
+from dinoray.report.labels_page import render_labels
 from dinoray.report.leakage import measure_leakage
 from dinoray.report.page import IMAGES, environment, run_facts, stage_facts
 from dinoray.report.platemaps import view_plates
@@ -62,6 +63,8 @@ def render(run: Run) -> str:
     """The page's text."""
     if run.is_volume:
         return render_volume(run)
+    if run.plan.facts.get("kind") == "volume-labels":
+        return render_labels(run)
     if run.is_segmentation:
         return render_segmentation(run)
     sample = read_sample(run)

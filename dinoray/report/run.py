@@ -148,7 +148,7 @@ def open_for_report(out: str) -> Run:
     run = Run(store, generations(store), _read_job(store))
     if run.plan.facts.get("kind") == "volume":
         run.volume = _volume_totals(run)
-    elif "features" not in run.settings and not run.is_segmentation:
+    elif "features" not in run.settings and not run.is_segmentation and run.plan.facts.get("kind") != "volume-labels":
         raise BadRequest("there is no report for this kind of run yet", where=out, todo="see `dinoray status`")
     for position, part in enumerate(run.generations):
         done = part.ledger.done()
