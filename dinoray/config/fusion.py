@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from dinoray.config.memory_levels import with_level
 from dinoray.config.training import TrainingJob
 from dinoray.config.volume_labels import LabelledVolume
 
@@ -53,6 +54,9 @@ class TrainContextFusionJob(TrainingJob):
     """Regions to learn from."""
     validation: tuple[LabelledVolume, ...] = Field(min_length=1)
     """Regions of the validation: other volumes, or parts that share no voxel with `train`, contexts included."""
+    memory_level: Literal["24gb", "16gb", "12gb", "cpu"] | None = None
+    """Settings that fit a card (or a small machine), for the fields that the job does not give: micro_batch, base_channels, crop_voxels,
+    precision, model, slice_batch, gradient_checkpointing."""
     target: Literal["classes", "affinities"] = "classes"
     """What is predicted: a class for each voxel, or whether voxels belong to one instance."""
     classes: tuple[str, ...] = ("background", "object")
@@ -109,6 +113,11 @@ class TrainContextFusionJob(TrainingJob):
     """What training crops go through; validation crops go through nothing."""
     validation_crops: int = Field(16, ge=1)
     """Most crops in a validation, spread evenly over its regions."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _levelled(cls, values: Any) -> Any:
+        return with_level(values) if isinstance(values, dict) else values
 
     @field_validator("crop_voxels", mode="before")
     @classmethod
