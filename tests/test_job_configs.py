@@ -12,6 +12,8 @@ from dinoray.config import (
     ExtractImagesJob,
     ExtractVolumeJob,
     SegmentCellsJob,
+    SegmentVolumeJob,
+    TrainContextFusionJob,
     TrainDistanceMapJob,
     build_job,
     read_job_file,
@@ -19,7 +21,8 @@ from dinoray.config import (
 
 CONFIGS = Path(__file__).parent.parent / "jobs/configs"
 MODELS = {"extract_cells": ExtractCellsJob, "extract_images": ExtractImagesJob, "extract_volume": ExtractVolumeJob,
-          "jump_plate": ExtractImagesJob, "segment_cells": SegmentCellsJob, "train_distance_map": TrainDistanceMapJob}
+          "jump_plate": ExtractImagesJob, "segment_cells": SegmentCellsJob, "segment_volume": SegmentVolumeJob,
+          "train_context_fusion": TrainContextFusionJob, "train_distance_map": TrainDistanceMapJob}
 
 
 def test_every_config_is_known_here() -> None:
