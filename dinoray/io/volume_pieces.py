@@ -67,24 +67,38 @@ def whole_ratio(coarse: Triple, fine: Triple) -> Shape | None:
     return tuple(round(r) for r in ratio)  # type: ignore[return-value]
 
 
-def context_piece(level: Volume, source: Readable, factor: Shape, centre_nm: Triple, shape: Shape) -> tuple[Piece, Triple]:
-    """(`shape` pixels around a place, each the mean of `factor` voxels of `level`; centre of the first pixel, nm).
+@dataclass(frozen=True)
+class ContextBox:
+    """Where the pixels of a context lie: `first` voxel of the level and how many `counts` of them along each axis; `corner_nm` is the
+    centre of the first pixel, `inside` which pixels hold some of the volume."""
 
-    The middle of the box is within half a voxel of the level of the place. Values are float32, or as stored where a pixel is one
-    voxel. Raises what `source` raises.
-    """
-    counts = [n * f for n, f in zip(shape, factor, strict=True)]
-    first = [round((c - t) / r - (n - 1) / 2) for c, t, r, n
-             in zip(centre_nm, level.translation_nm, level.voxel_size_nm, counts, strict=True)]
-    piece = source.read(first, counts)
-    values, inside = piece.values, piece.inside
-    if max(factor) > 1:
-        (a, b, c), (fa, fb, fc) = shape, factor
-        values = values.reshape(a, fa, b, fb, c, fc).mean(axis=(1, 3, 5), dtype=np.float32)
-        inside = tuple(i.reshape(n, f).any(axis=1) for i, n, f in zip(inside, shape, factor, strict=True))  # type: ignore[assignment]
+    first: Shape
+    counts: Shape
+    corner_nm: Triple
+    inside: tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def context_box(level: Volume, factor: Shape, centre_nm: Triple, shape: Shape) -> ContextBox:
+    """`shape` pixels around a place, each of `factor` voxels of `level`. The middle of the box is within half a voxel of the level of the
+    place. Nothing is read."""
+    counts = tuple(n * f for n, f in zip(shape, factor, strict=True))
+    first = tuple(round((c - t) / r - (n - 1) / 2) for c, t, r, n
+                  in zip(centre_nm, level.translation_nm, level.voxel_size_nm, counts, strict=True))
     corner = tuple(t + s * r + (f - 1) / 2 * r for t, s, r, f
                    in zip(level.translation_nm, first, level.voxel_size_nm, factor, strict=True))
-    return Piece(values, inside), corner  # type: ignore[return-value]
+    _, inside = folds(first, counts, level.shape)
+    pixels = tuple(i.reshape(n, f).any(axis=1) for i, n, f in zip(inside, shape, factor, strict=True))
+    return ContextBox(first, counts, corner, pixels)  # type: ignore[arg-type]
+
+
+def context_values(source: Readable, box: ContextBox, factor: Shape) -> np.ndarray:
+    """The pixels of a context: means of voxels (float32), or the voxels themselves where a pixel is one. Raises what `source` raises."""
+    values = source.read(box.first, box.counts).values
+    if max(factor) == 1:
+        return values
+    fa, fb, fc = factor
+    a, b, c = (n // f for n, f in zip(box.counts, factor, strict=True))
+    return values.reshape(a, fa, b, fb, c, fc).mean(axis=(1, 3, 5), dtype=np.float32)
 
 
 def context_level(volume: Volume, coarser: Volume | None, pixel_nm: Triple) -> tuple[Volume, Shape]:

@@ -12,7 +12,7 @@ from dinoray.config.volume_segmentation import SegmentVolumeJob
 from dinoray.errors import ItemError
 from dinoray.io.prediction_grid import PredictionGrid
 from dinoray.io.volume_grid import Shape, Triple
-from dinoray.io.volume_pieces import Piece, Pieces, context_piece
+from dinoray.io.volume_pieces import Piece, Pieces, context_box, context_values
 from dinoray.io.volumes import Volume
 from dinoray.label_planning import context_source, open_source
 from dinoray.vision.fusion_checkpoint import FusionConfig
@@ -73,12 +73,12 @@ class WindowReader:
     def _with_context(self, crop: VolumeCrop, centre: Triple, pixels: Shape) -> VolumeCrop:
         level, factor = self.context  # type: ignore[misc]
         pitch = tuple(r * f for r, f in zip(level.voxel_size_nm, factor, strict=True))
-        piece, first = context_piece(level, Pieces(level), factor, centre, pixels)
-        own = VoxelGrid(pixels, tuple(f - c for f, c in zip(first, centre, strict=True)), pitch)  # type: ignore[arg-type]
-        crop = replace(crop, context=self._scaled(_finite(piece.values, level)), context_grid=own, context_inside=piece.inside)
+        box = context_box(level, factor, centre, pixels)
+        own = VoxelGrid(pixels, tuple(f - c for f, c in zip(box.corner_nm, centre, strict=True)), pitch)  # type: ignore[arg-type]
+        crop = replace(crop, context_grid=own, context_inside=box.inside)
         if self.context_tokens is not None:
-            crop = replace(crop, context_tokens=self.context_tokens.around(centre, own))
-        return crop
+            return replace(crop, context_tokens=self.context_tokens.around(centre, own))
+        return replace(crop, context=self._scaled(_finite(context_values(Pieces(level), box, factor), level)))
 
     def _raw(self, start: Shape, stop: Shape) -> Piece:
         factor = self.grid.factor

@@ -17,7 +17,7 @@ import numpy as np
 from dinoray.config.volume_labels import LabelledVolume
 from dinoray.errors import BadRequest, ItemError, SystemicError
 from dinoray.io.volume_grid import Shape, Triple
-from dinoray.io.volume_pieces import Piece, Pieces, context_level, context_piece, folds, whole_ratio
+from dinoray.io.volume_pieces import Piece, Pieces, context_box, context_level, context_values, folds, whole_ratio
 from dinoray.io.volumes import Volume, VolumeRequest, open_volume
 from dinoray.vision.quality import percentiles
 from dinoray.vision.stored_tokens import StoredTokens
@@ -113,12 +113,14 @@ class Region:
         piece = _Read(self._raw).read(first, [n * f for n, f in zip(shape, self.factor, strict=True)])
         return Piece(self._scaled(piece.values), piece.inside)
 
-    def context(self, centre_nm: Triple, shape: Shape) -> tuple[Piece, VoxelGrid]:
-        """Pixels of the context around a place: `shape` of them, each the mean of `context_factor` voxels of the level that serves
-        it, scaled; and their grid (its middle is within half a voxel of that level of the place). Raises SystemicError."""
-        piece, first_nm = context_piece(self.context_volume, _Read(self._coarse), self.context_factor, centre_nm, shape)
+    def context(self, centre_nm: Triple, shape: Shape, *, read: bool = True) -> tuple[np.ndarray | None, tuple[np.ndarray, ...], VoxelGrid]:
+        """(pixels, which of them hold some of the region, their grid) of the context around a place: `shape` of them, each the mean of
+        `context_factor` voxels of the level that serves it, scaled (None without `read`). The grid's middle is within half a voxel of
+        that level of the place. Raises SystemicError."""
+        box = context_box(self.context_volume, self.context_factor, centre_nm, shape)
         pitch = tuple(r * f for r, f in zip(self.context_volume.voxel_size_nm, self.context_factor, strict=True))
-        return Piece(self._scaled(piece.values), piece.inside), VoxelGrid(shape, first_nm, pitch)  # type: ignore[arg-type]
+        values = self._scaled(context_values(_Read(self._coarse), box, self.context_factor)) if read else None
+        return values, box.inside, VoxelGrid(shape, box.corner_nm, pitch)  # type: ignore[arg-type]
 
     # ---------------------------------------------------------------- opening
 

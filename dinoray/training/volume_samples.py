@@ -83,8 +83,8 @@ class CropSampler:
         if job.fusion == "none":
             return CropSample(found, labels, known)
         pixels = tuple(n * f for n, f in zip(self.shape, region.factor, strict=True))
-        piece, grid = region.context(centre, pixels)  # type: ignore[arg-type]
-        found = replace(found, context=piece.values, context_grid=about(grid, centre), context_inside=piece.inside)
+        values, inside, grid = region.context(centre, pixels, read=region.context_tokens is None)  # type: ignore[arg-type]
+        found = replace(found, context=values, context_grid=about(grid, centre), context_inside=inside)  # type: ignore[arg-type]
         if region.context_tokens is not None:
             found = replace(found, context_tokens=_stored(region.context_tokens, centre, about(grid, centre)))
         return CropSample(found, labels, known)

@@ -66,8 +66,8 @@ def test_nothing_outside_of_a_region_is_read(tmp_path: Path) -> None:
         piece = found.raw(start, (12, 12, 12))
         assert piece.values.max() <= 1 and float(piece.values.max() * (found.high - found.low) + found.low) <= 40
         grid = found.label_grid.part(start, (12, 12, 12))
-        context, where = found.context(grid.centre_nm, (12, 12, 12))
-        assert float(context.values.max() * (found.high - found.low) + found.low) <= 40
+        context, _, where = found.context(grid.centre_nm, (12, 12, 12))
+        assert float(context.max() * (found.high - found.low) + found.low) <= 40
         assert where.extent_nm == (192.0,) * 3
         assert np.abs(np.array(where.centre_nm) - grid.centre_nm).max() <= 4
         values, known = found.labels(start, (12, 12, 12))
@@ -81,9 +81,12 @@ def test_a_context_is_the_mean_of_its_voxels(tmp_path: Path) -> None:
     raw = rng.integers(0, 200, (32, 32, 32)).astype(np.uint8)
     found = region(tmp_path, raw, np.ones((32, 32, 32), np.uint8), label_nm=(8.0,) * 3, context_nm=(16.0,) * 3)
     assert found.context_factor == (2, 2, 2)
-    piece, grid = found.context((128.0, 128.0, 128.0), (8, 8, 8))
-    scaled = np.clip((raw.astype(np.float32) - found.low) / (found.high - found.low), 0, 1)
-    np.testing.assert_allclose(piece.values, scaled[8:24, 8:24, 8:24].reshape(8, 2, 8, 2, 8, 2).mean((1, 3, 5)), atol=1e-5)
+    values, inside, grid = found.context((128.0, 128.0, 128.0), (8, 8, 8))
+    means = raw[8:24, 8:24, 8:24].reshape(8, 2, 8, 2, 8, 2).mean((1, 3, 5))
+    np.testing.assert_allclose(values, np.clip((means - found.low) / (found.high - found.low), 0, 1), atol=1e-5)
+    assert all(part.all() for part in inside)
+    unread, inside, _ = found.context((0.0, 128.0, 128.0), (8, 8, 8), read=False)
+    assert unread is None and inside[0].tolist() == [False] * 4 + [True] * 4
     assert grid.first_nm == (72.0,) * 3 and grid.pitch_nm == (16.0,) * 3
 
 
