@@ -16,10 +16,12 @@ _NAMES = {
     "extract_images": "dinoray.extraction",
     "segment_cells": "dinoray.extraction",
     "extract_volume": "dinoray.volume_extraction",
+    "segment_volume": "dinoray.volume_segmentation",
     "ExtractCellsJob": "dinoray.config",
     "ExtractImagesJob": "dinoray.config",
     "ExtractVolumeJob": "dinoray.config",
     "SegmentCellsJob": "dinoray.config",
+    "SegmentVolumeJob": "dinoray.config",
     "DinorayError": "dinoray.errors",
 }
 __all__ = sorted(_NAMES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Protocol
 
@@ -18,6 +18,10 @@ from dinoray.label_units import arrays
 from dinoray.wording import count_bytes, plural
 
 HALO = 32
+LIKE = 0.1
+"""Share by which voxels may differ from those that a model was trained on."""
+COMPONENT_BYTES = 200
+"""Of memory for each voxel of a block while its connected components are found: pairs of voxels, and a sparse graph of them."""
 WINDOW = 128
 """Side of windows of a model without context: larger ones cost less at their margins."""
 
@@ -35,7 +39,7 @@ class Checkpoint(Protocol):
 
 
 def volume_request(job: SegmentVolumeJob, voxel_nm: Triple) -> VolumeRequest:
-    """How the job's volume is opened, in any process. `voxel_nm`: what the checkpoint was trained on."""
+    """How the job's volume is opened, in any process. `voxel_nm`: of the level, where the job does not say it."""
     given = job.raw_voxel_size
     size = voxel_nm if given is None else given[0] if len(given) == 1 else given
     return VolumeRequest(job.sources[0], raw_voxel_nm=size, dataset=job.dataset, time=job.time, crop=job.crop_box(),  # type: ignore[arg-type]
@@ -43,16 +47,26 @@ def volume_request(job: SegmentVolumeJob, voxel_nm: Triple) -> VolumeRequest:
 
 
 def open_source(job: SegmentVolumeJob, voxel_nm: Triple) -> Volume:
-    """The volume of a job, at the level that the checkpoint was trained on.
+    """The volume of a job, at the level that the checkpoint was trained on: the exact one, else the nearest within LIKE.
 
-    Raises BadRequest where there is none with those voxels (to 10 %), TransientError, SystemicError.
+    Raises BadRequest where there is none, TransientError, SystemicError.
     """
-    volume = open_volume(volume_request(job, voxel_nm))
-    if any(abs(a - b) > 0.1 * b for a, b in zip(volume.voxel_size_nm, voxel_nm, strict=True)):
+    problem: BadRequest | None = None
+    for size in (voxel_nm, tuple(v * (1 + LIKE) for v in voxel_nm)):
+        try:
+            volume = open_volume(volume_request(job, size))  # type: ignore[arg-type]
+        except BadRequest as error:
+            problem = problem or error
+            continue
+        if all(abs(a - b) <= LIKE * b for a, b in zip(volume.voxel_size_nm, voxel_nm, strict=True)):
+            return volume
+        problem = BadRequest(f"the volume has voxels of {_nm(volume.voxel_size_nm)}, the model was trained on {_nm(voxel_nm)}",
+                             where=job.sources[0], todo="choose the level by --raw-voxel-size, or resample the volume")
         volume.close()
-        raise BadRequest(f"the volume has voxels of {_nm(volume.voxel_size_nm)}, the model was trained on {_nm(voxel_nm)}",
-                         where=job.sources[0], todo="choose the level by --raw-voxel-size, or resample the volume")
-    return volume
+        if job.raw_voxel_size is not None:
+            break
+    assert problem is not None
+    raise problem
 
 
 def context_source(job: SegmentVolumeJob, config: Checkpoint, volume: Volume) -> tuple[Volume, Shape]:
@@ -87,7 +101,8 @@ def make_grid(job: SegmentVolumeJob, config: Checkpoint, volume: Volume, *, mult
         window: Shape = job.window_voxels * 3 if len(job.window_voxels) == 1 else job.window_voxels  # type: ignore[assignment]
     else:
         window = tuple(-(-(c if has_context else max(c, WINDOW)) // multiple) * multiple for c in config.crop_voxels)  # type: ignore[assignment]
-    halo: Shape = tuple(min(HALO, w // 4 // multiple * multiple) if job.halo_voxels is None else job.halo_voxels  # type: ignore[assignment]
+    step = 1 if has_context else multiple
+    halo: Shape = tuple(min(HALO, w // 4 // step * step) if job.halo_voxels is None else job.halo_voxels  # type: ignore[assignment]
                         for w in window)
     window, halo = make_windows(shape, window, halo, multiple, shrink=not has_context)
     if config.target == "affinities":
@@ -106,6 +121,8 @@ class Forecast:
     unit_windows: int
     instances: bool
     probabilities: bool
+    window_bytes: int = 0
+    """Of the model's forward on one window."""
 
     @property
     def amplification(self) -> float:
@@ -125,7 +142,8 @@ class Forecast:
         depth = min(sides[0], grid.shards[0] + grid.lattice(0).window)
         layer = prod(s + 2 * h for s, h in zip(sides[1:], grid.halo[1:], strict=True)) * (grid.window[0] + 2 * grid.halo[0])
         shard = prod(grid.shards) * grid.outputs
-        return depth * sides[1] * sides[2] * (4 * grid.outputs + 1) * 2 + 2 * layer * prod(grid.factor) * 2 + 5 * shard * 4
+        predicting = depth * sides[1] * sides[2] * (4 * grid.outputs + 1) * 2 + 2 * layer * prod(grid.factor) * 2 + 5 * shard * 4
+        return max(predicting + self.window_bytes, COMPONENT_BYTES * prod(grid.block) if self.instances else 0)
 
     def lines(self) -> list[str]:
         """For the log."""
@@ -139,19 +157,21 @@ class Forecast:
                 f"{count_bytes(self.output_bytes)}; {count_bytes(self.unit_bytes)} of memory for a unit beside the model"]
 
 
-def make_forecast(job: SegmentVolumeJob, grid: PredictionGrid, *, instances: bool) -> Forecast:
-    """The forecast of a job. Raises BadRequest for output above max_output_bytes and units above memory_bytes."""
-    forecast = Forecast(grid, grid.unit_windows(job.unit_windows), instances, job.probabilities)
+def make_forecast(job: SegmentVolumeJob, grid: PredictionGrid, *, instances: bool, values_per_voxel: int) -> Forecast:
+    """The forecast of a job. `values_per_voxel`: values alive at once, per voxel of a window, in the model's forward. Raises BadRequest
+    for output above max_output_bytes and units above memory_bytes."""
+    window = prod(w if grid.blend else w + 2 * h for w, h in zip(grid.window, grid.halo, strict=True))
+    forecast = Forecast(grid, grid.unit_windows(job.unit_windows), instances, job.probabilities, 4 * window * values_per_voxel)
     if job.unit_windows is None:
         while forecast.unit_bytes > job.memory_bytes and forecast.unit_windows > 1:
-            forecast = Forecast(grid, forecast.unit_windows - 1, instances, job.probabilities)
+            forecast = replace(forecast, unit_windows=forecast.unit_windows - 1)
     if forecast.output_bytes > job.max_output_bytes:
         raise BadRequest(f"the output would have {count_bytes(forecast.output_bytes)} before compression; the limit is "
                          f"{count_bytes(job.max_output_bytes)}", where="--max-output-bytes", todo="raise the limit, or take a --crop")
     if forecast.unit_bytes > job.memory_bytes:
         raise BadRequest(f"a unit needs about {count_bytes(forecast.unit_bytes)} of memory; an actor may take "
                          f"{count_bytes(job.memory_bytes)} beyond the model", where="--memory-bytes",
-                         todo="raise it, or take smaller --unit-windows or --window-voxels")
+                         todo="raise it, or take smaller --unit-windows, --window-voxels or --block-voxels")
     return forecast
 
 

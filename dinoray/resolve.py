@@ -5,7 +5,15 @@ Nothing is read but the weights. What comes out is stored with the output and co
 
 from __future__ import annotations
 
-from dinoray.config import ExtractCellsJob, ExtractImagesJob, ExtractVolumeJob, FeatureJob, SegmentCellsJob, SegmentVolumeJob, UnitJob
+from dinoray.config import (
+    ExtractCellsJob,
+    ExtractImagesJob,
+    ExtractVolumeJob,
+    FeatureJob,
+    SegmentCellsJob,
+    SegmentVolumeJob,
+    UnitJob,
+)
 from dinoray.errors import BadRequest
 from dinoray.resolve_checkpoint import resolve_checkpoint
 from dinoray.resolve_fusion import resolve_fusion

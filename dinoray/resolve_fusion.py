@@ -5,7 +5,8 @@ The checkpoint is loaded once, on the driver. Actors get it staged whole, the ba
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from dinoray.config.volume_segmentation import SegmentVolumeJob
 from dinoray.errors import BadRequest
@@ -13,6 +14,7 @@ from dinoray.io.stores import Store
 from dinoray.resolved import FORMAT, Resolved, settle_device, settle_numerics, used_kind
 from dinoray.staging import store_backbone
 from dinoray.units import fingerprint_of
+from dinoray.volume_tokens import tokens_fingerprint
 
 if TYPE_CHECKING:
     from dinoray.vision.fusion_checkpoint import FusionConfig
@@ -41,14 +43,17 @@ def resolve_fusion(job: SegmentVolumeJob) -> Resolved:
     if config.target == "classes" and (job.threshold is not None or job.min_voxels or job.instances != "components"):
         raise BadRequest("the checkpoint predicts classes, not instances", where="--threshold, --min-voxels, --instances",
                          todo="leave them out, or use a checkpoint of affinities")
+    if job.instances == "mutex" and find_spec("mwatershed") is None:
+        raise BadRequest("mutex watershed needs a library that is not here", where="--instances",
+                         todo="pip install 'dinoray[mutex]', or use --instances components")
     numerics = settle_numerics(job, config.backbone.model if config.backbone else "none", device, precision,
                                LIBRARIES + (("mwatershed",) if job.instances == "mutex" else ()))
     numerics["batching"] = "one window"
     job = job.model_copy(update={"device": device, "precision": precision, "token_budget": numerics["token_budget"],
-                                 "threshold": config.threshold if job.threshold is None else job.threshold})
+                                 "threshold": None if config.target == "classes" else job.threshold or config.threshold})
     trained = config.model_dump(mode="json", include={"model", "target", "classes", "offsets", "voxel_nm", "raw_voxel_nm",
                                                       "context_factor", "crop_voxels", "scaling_percents"})
-    stored = {name: _digest_of(url) for name in ("tokens", "context_tokens") if (url := getattr(job, name)) is not None}
+    stored = {name: tokens_fingerprint(url, name) for name in ("tokens", "context_tokens") if (url := getattr(job, name)) is not None}
     settings = {k: v for k, v in job.result_settings().items() if k not in ("tokens", "context_tokens")} | stored
     identity = {"format": FORMAT, "settings": settings, "weights_digest": config.weights_digest, "checkpoint": trained,
                 "numerics": numerics}
@@ -66,14 +71,6 @@ def resolve_fusion(job: SegmentVolumeJob) -> Resolved:
                     staged_as=f"{config.weights_digest}-{fingerprint_of(config.model_dump(mode='json'))}")
 
 
-def _digest_of(url: str) -> str:
-    """The fingerprint of an output of `dinoray extract volume`. Raises BadRequest."""
-    from dinoray.io.stores import open_store
-    from dinoray.request import read_request
-
-    return read_request(open_store(url))[1]
-
-
 def _stage(loaded: tuple[FusionModel, FusionConfig], store: Store, prefix: str) -> None:
     from dinoray.vision.fusion_checkpoint import save_fusion
 
@@ -81,5 +78,3 @@ def _stage(loaded: tuple[FusionModel, FusionConfig], store: Store, prefix: str) 
     if model.backbone is not None:
         store_backbone(model.backbone, store, f"{prefix}/backbone")
     save_fusion(store, prefix, model, config, lambda _: "staged\n")
-
-

@@ -117,8 +117,9 @@ class Session:
         reason = tally.too_many_failures(self.job.max_failed_fraction)
         if reason:
             out = shlex.quote(self.job.out)
-            raise TooManyFailures(reason, where=self.job.out, todo=f"see `dinoray status {out}`; mend the inputs and run "
-                                  f"`dinoray retry {out}`, or raise --max-failed-fraction to go on")
+            again = f"run `dinoray retry {out}`" if self.job.retried else "begin anew in another --out"
+            raise TooManyFailures(reason, where=self.job.out, todo=f"see `dinoray status {out}`; mend the inputs and {again}, or raise "
+                                  "--max-failed-fraction to go on")
 
     def _finish(self, outcome: Outcome) -> Outcome:
         """Summary, verification, `_SUCCESS`, last line."""

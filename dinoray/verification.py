@@ -23,8 +23,8 @@ import pyarrow.parquet as pq
 from dinoray.driver import at_work
 from dinoray.errors import BadRequest, OutputDamaged, SystemicError
 from dinoray.generations import Generation, generations, quarantined_now, replaced_reasons
-from dinoray.io.stores import Store, open_store
 from dinoray.io.prediction_grid import PredictionGrid
+from dinoray.io.stores import Store, open_store
 from dinoray.io.volume_arrays import check_arrays
 from dinoray.io.volume_grid import VolumeGrid
 from dinoray.label_units import object_keys

@@ -88,6 +88,8 @@ def open_labels(source: str, *, dataset: str | None = None, voxel_nm: Sequence[f
         is_output = store.exists("labels.zarr/zarr.json")
     except (BadRequest, OSError):
         is_output = False
+    if is_output and store is not None and not store.exists("_SUCCESS"):
+        raise BadRequest("this segmentation has not ended", where=source, todo="run its command again first")
     path = f"{source.rstrip('/')}/labels.zarr" if is_output else source
     size = None if voxel_nm is None else voxel_nm[0] if len(voxel_nm) == 1 else tuple(voxel_nm)
     volume = open_volume(VolumeRequest(path, raw_voxel_nm=size, dataset=dataset, mask=True))  # type: ignore[arg-type]

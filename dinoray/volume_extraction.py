@@ -157,8 +157,8 @@ def volume_limits(session: Session, volume: Volume) -> list[float]:
             session.say(f"only {distinct} different values among {row['num_values']:,} sampled voxels of type {volume.dtype}: are "
                         "these labels? Features of a label image mean nothing")
     if row["high"] <= row["low"]:
-        raise BadRequest(f"the sampled blocks hold one value only ({row['low']:g}, percentiles {job.scaling_low_percent:g} and "
-                         f"{job.scaling_high_percent:g})", where=volume.ref.uri,
+        raise BadRequest(f"the sampled blocks hold one value only ({row['low']:g}, percentiles {resolved.percents[0]:g} and "
+                         f"{resolved.percents[1]:g})", where=volume.ref.uri,
                          todo="is this the right volume and level? Raise --scaling-sample, or use --scaling dtype")
     return [row["low"], row["high"]]
 

@@ -67,7 +67,7 @@ class SegmentVolumeJob(UnitJob):
     probability_dtype: Literal["uint8", "float16", "float32"] = "uint8"
     """Type of stored probabilities; uint8 is 255 for 1."""
     block_voxels: int = Field(256, ge=32, le=2048)
-    """Side of the blocks in which instances are found and joined, rounded up to whole shards."""
+    """Side of the blocks in which instances are found and joined, in whole shards; about 200 bytes of memory a voxel."""
     shard_voxels: int = Field(128, ge=8, le=1024)
     """Side of a stored object, about: whole strides of windows."""
     unit_windows: int | None = Field(None, ge=1)

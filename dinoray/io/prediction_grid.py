@@ -7,7 +7,6 @@ by, so a voxel is predicted from the same input whatever unit asks for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import product
@@ -67,7 +66,8 @@ class PredictionGrid:
         stride = window - 2 * halo
         if not self.blend:
             return Lattice(n, stride, 0, 0)
-        shift = stride // 2 // self.multiple * self.multiple if n > SHIFT_AFTER * stride else 0
+        step = self.multiple if self.clip else 1  # a window that keeps its size is a volume of its own to the UNet
+        shift = stride // 2 // step * step if n > SHIFT_AFTER * stride else 0
         return Lattice(n, window, halo, shift)
 
     def seen(self, place: Shape) -> tuple[Shape, Shape]:
@@ -128,8 +128,8 @@ class PredictionGrid:
 
     @property
     def block(self) -> Shape:
-        """Voxels of a block of instances: whole shards."""
-        return tuple(-(-self.block_voxels // s) * s for s in self.shards)  # type: ignore[return-value]
+        """Voxels of a block of instances: whole shards, as many as fit into `block_voxels`, and one at least."""
+        return tuple(max(1, self.block_voxels // s) * s for s in self.shards)  # type: ignore[return-value]
 
     def blocks(self) -> list[tuple[Shape, Shape]]:
         """The boxes [start, stop) of all blocks, in C order."""
@@ -162,14 +162,14 @@ def boxes(shape: Shape, size: Shape) -> list[tuple[Shape, Shape]]:
 
 
 def make_windows(shape: Shape, window: Shape, halo: Shape, multiple: int, *, shrink: bool) -> tuple[Shape, Shape]:
-    """(window, halo) that fit together: multiples of `multiple`, a core of at least two of them; with `shrink` no wider than one
-    window over the whole axis needs to be. Raises BadRequest."""
+    """(window, halo) that fit together; with `shrink`, multiples of `multiple`, and no wider than one window over the whole axis needs to
+    be. Raises BadRequest."""
     windows, halos = [], []
     for n, w, h in zip(shape, window, halo, strict=True):
-        if w % multiple or h % multiple:
+        if shrink and (w % multiple or h % multiple):
             raise BadRequest(f"windows of {w} voxels with margins of {h}: both must be multiples of {multiple}, which the UNet pools by",
                              where="--window-voxels", todo=f"use multiples of {multiple}")
-        if w < 4 * h or w < 2 * multiple and h:
+        if w < max(2, 4 * h):
             raise BadRequest(f"windows of {w} voxels with margins of {h} on each side", where="--halo-voxels",
                              todo="a window is at least 4 times its margin")
         whole = -(-n // multiple) * multiple

@@ -107,9 +107,19 @@ def context_level(volume: Volume, coarser: Volume | None, pixel_nm: Triple) -> t
     Raises BadRequest where pixels are no multiples of voxels.
     """
     for level in (coarser, volume):
-        if level is not None:
+        if level is not None and (level is volume or _same_place(level, volume, pixel_nm)):
             ratio = whole_ratio(pixel_nm, level.voxel_size_nm)
             if ratio is not None:
                 return level, ratio
     raise BadRequest(f"pixels of the context of {pixel_nm} nm are no multiples of raw voxels of {volume.voxel_size_nm} nm",
                      where="context_factor", todo="choose another context_factor")
+
+
+def _same_place(level: Volume, volume: Volume, slack_nm: Triple) -> bool:
+    """Whether a level covers what the volume covers, to a pixel: an array without a scale takes any voxel size that it is told."""
+    for axis in range(3):
+        ends = [(v.translation_nm[axis] - v.voxel_size_nm[axis] / 2,
+                 v.translation_nm[axis] + (v.shape[axis] - 0.5) * v.voxel_size_nm[axis]) for v in (level, volume)]
+        if any(abs(a - b) > slack_nm[axis] for a, b in zip(*ends, strict=True)):
+            return False
+    return True

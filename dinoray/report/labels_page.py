@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import product
 from math import prod
 from typing import Any
 
@@ -81,11 +80,10 @@ def _head(run: Run, grid: PredictionGrid) -> dict[str, Any]:
 def _classes(run: Run, grid: PredictionGrid, names: list[str]) -> list[dict[str, Any]]:
     """Share of each class in boxes spread over the volume."""
     labels, counts = open_array(run.store, grid.labels), np.zeros(len(names), np.int64)
-    boxes = [tuple(slice(i, min(i + s, n)) for i, s, n in zip(place, grid.chunks, grid.shape, strict=True))
-             for place in product(*(range(0, n, s) for n, s in zip(grid.shape, grid.chunks, strict=True)))]
-    if len(boxes) > MOST_BOXES:
-        boxes = [boxes[i] for i in np.linspace(0, len(boxes) - 1, MOST_BOXES).round().astype(int)]
-    for box in boxes:
+    per_axis = tuple(-(-n // s) for n, s in zip(grid.shape, grid.chunks, strict=True))
+    chosen = np.unique(np.linspace(0, prod(per_axis) - 1, MOST_BOXES).round().astype(np.int64))
+    for place in zip(*(p.tolist() for p in np.unravel_index(chosen, per_axis)), strict=True):
+        box = tuple(slice(i * s, min((i + 1) * s, n)) for i, s, n in zip(place, grid.chunks, grid.shape, strict=True))
         counts += np.bincount(labels[box].ravel().astype(np.int64), minlength=len(names))
     return [{"name": name, "share": counts[k] / counts.sum(), "voxels": int(counts[k])} for k, name in enumerate(names)]
 

@@ -66,7 +66,7 @@ def draw_planes(store: Store, grid: PredictionGrid, job: SegmentVolumeJob, versi
             start, stop = _field(grid.shape, middle, normal)
             plane = labels.read(*(n for pair in zip(start, stop, strict=True) for n in pair))[0].squeeze(axis=normal)
             spans = [(start[a] * grid.voxel_nm[a], stop[a] * grid.voxel_nm[a]) for a in axes]
-            sure = _placed(_gray(probabilities, start, stop, normal), grid.labels, start, axes)
+            sure = _placed(_gray(probabilities, start, stop, normal, classes), grid.labels, start, axes)
             view = View(name, axes, (middle[normal] + 0.5) * grid.voxel_nm[normal], spans[0], spans[1],
                         all(stop[a] - start[a] == grid.shape[a] for a in axes), _placed(colours(plane, classes), grid.labels, start, axes),
                         sure, known=1.0)
@@ -99,12 +99,12 @@ def colours(labels: np.ndarray, classes: bool) -> np.ndarray:
     return out
 
 
-def _gray(array: ArrayReader | None, start: Shape, stop: Shape, normal: int) -> np.ndarray:
+def _gray(array: ArrayReader | None, start: Shape, stop: Shape, normal: int, classes: bool) -> np.ndarray:
     if array is None:
         return np.zeros((1, 1, 4), np.uint8)
     values = array.read(*(n for pair in zip(start, stop, strict=True) for n in pair))
     share = values.astype(np.float32) / (255 if values.dtype == np.uint8 else 1)
-    shown = share.max(axis=0) if array.dim != 3 else share.mean(axis=0)
+    shown = share.max(axis=0) if classes else share[:3].mean(axis=0)
     gray = as_uint8(shown.squeeze(axis=normal))
     return np.stack([gray, gray, gray, np.full_like(gray, 255)], axis=-1)
 

@@ -19,13 +19,15 @@ import numpy as np
 import torch
 
 from dinoray.config.volume_segmentation import SegmentVolumeJob
-from dinoray.errors import ItemError
+from dinoray.errors import ItemError, OutputDamaged, SystemicError
+from dinoray.generations import generations, quarantined_now
 from dinoray.io.items import Item
 from dinoray.io.prediction_grid import EDGES, FRAGMENTS, LABELS, MERGE, PROBABILITIES, PredictionGrid
 from dinoray.io.volume_arrays import encode_shard, shard_key, shards_of
 from dinoray.io.volume_grid import ArraySpec, Shape
 from dinoray.io.zarr_reading import open_array
-from dinoray.label_units import COUNTS, MERGE_KEY, OFFSETS_KEY, table_key
+from dinoray.label_planning import COMPONENT_BYTES
+from dinoray.label_units import COUNTS, MERGE_KEY, OFFSETS_KEY, object_keys, table_key
 from dinoray.ledger import Ledger, Receipt, StoredObject
 from dinoray.memory.allocator import give_back, share_arenas
 from dinoray.memory.meter import reset_rss_peak, rss, rss_peak
@@ -59,6 +61,10 @@ class VolumeLabelRunner(UnitRunner):
         self.device = next(model.unet.parameters()).device
         self._compute = ComputePool(self.device, compute_threads)
         self.compute_threads = self._compute.threads
+        forecast = plan.facts["forecast"]
+        fit = (job.memory_bytes - forecast["unit_bytes"]) // max(1, forecast["window_bytes"]) + 1
+        self._at_once = max(1, min(self.compute_threads + 1, fit))
+        """Windows in work: one is ready behind each running one, as far as they fit."""
         self._layers = ThreadPoolExecutor(1, thread_name_prefix="layer")
         give_back()  # what loading left free would be counted as the model's
         self._model_bytes = rss()
@@ -72,14 +78,16 @@ class VolumeLabelRunner(UnitRunner):
 
     def cost(self, item: Item) -> int:
         box = Slab.read(item.item_id)
-        voxels = int(np.prod(box.shape))
-        return 1 if box.array in (PROBABILITIES, LABELS, MERGE) else voxels * (8 * self.grid.outputs + 24)
+        if box.array in (PROBABILITIES, MERGE):
+            return self.prefetch_bytes  # nothing is read here, and the unit after the next must not be begun
+        return int(np.prod(box.shape)) * (COMPONENT_BYTES if box.array == FRAGMENTS else 24)
 
     # ---------------------------------------------------------------- decode threads
 
     def load(self, item: Item) -> Any:
         """Fragments and edges are made here, several blocks at once. Raises OutputDamaged."""
         box = Slab.read(item.item_id)
+        self._check_stored(box)
         if box.array == FRAGMENTS:
             before = [min(1, a) for a in box.start]
             low = [a - b for a, b in zip(box.start, before, strict=True)]
@@ -89,6 +97,25 @@ class VolumeLabelRunner(UnitRunner):
         if box.array == EDGES:
             return block_edges(self.grid, box.start, box.stop, self._fragments, self._affinities, self.threshold, self.job.instances)
         return None
+
+    def _check_stored(self, box: Slab) -> None:
+        """An absent shard reads as 0. Raises OutputDamaged for one that is absent though its unit is done."""
+        wanted = {FRAGMENTS: self.grid.probabilities, EDGES: self.grid.fragments, LABELS: self.grid.fragments}.get(box.array)
+        if wanted is None:
+            return
+        for place, _, _ in shards_of(wanted, box.start, box.stop):
+            key = shard_key(wanted, place)
+            if not self.ledger.store.exists(key) and key not in self._excused:
+                raise OutputDamaged("a shard that a finished unit has written is gone", where=f"{self.ledger.store.url}/{key}",
+                                    todo="delete the receipt of its unit and run the same command again: it is made anew")
+
+    @cached_property
+    def _excused(self) -> set[str]:
+        """Shards of quarantined boxes: those that could not even be begun are absent."""
+        rows = quarantined_now(generations(self.ledger.store)).to_pylist()
+        facts = self.plan.facts
+        return {key for row in rows for key in object_keys(self.grid, Slab.read(row["item_id"]), instances=facts["instances"],
+                                                           probabilities=facts["probabilities"])}
 
     @cached_property
     def _fragments(self) -> Any:
@@ -105,7 +132,7 @@ class VolumeLabelRunner(UnitRunner):
     # ---------------------------------------------------------------- one unit
 
     def process(self, unit: Unit, loaded: Iterable[Loaded], receipt: Receipt) -> Finish:
-        seconds = dict.fromkeys(("read", "compute", "wait_compute", "wait_read", "wait_decode", "write"), 0.0)
+        seconds = dict.fromkeys(("read", "compute", "wait_compute", "wait_decode", "wait_write", "write"), 0.0)
         receipt.seconds = seconds
         receipt.worker |= {"decode_threads": self.decode_threads, "compute_threads": self.compute_threads}
         receipt.numerics = {"device_kind": device_kind(self.device), "precision": self.numerics["precision"],
@@ -114,10 +141,13 @@ class VolumeLabelRunner(UnitRunner):
         stored: list[StoredObject] = []
         bad: dict[int, ItemError] = {}
         for position, entry in enumerate(loaded):
+            box = Slab.read(entry.item.item_id)
             if entry.error is not None:
+                if box.array != PROBABILITIES:  # labels everywhere depend on it: nothing to be set aside
+                    raise SystemicError(f"{entry.item.item_id}: {entry.error.what}", where=entry.error.where,
+                                        todo=entry.error.todo or "use smaller --block-voxels in a new --out, or a machine with more memory")
                 bad[position] = entry.error
                 continue
-            box = Slab.read(entry.item.item_id)
             value, entry.value = entry.value, None
             try:
                 for key, data in self._made(box, value, receipt, seconds):
@@ -125,7 +155,7 @@ class VolumeLabelRunner(UnitRunner):
                     while len(putting) >= SHARDS_IN_FLIGHT:
                         stored.append(putting.popleft().result())
                     putting.append(self._putter.submit(copy_context().run, self.ledger.put_object, key, data))
-                    seconds["write"] += time.monotonic() - began
+                    seconds["wait_write"] += time.monotonic() - began
                     self.beats += 1
                 receipt.row_items += 1
             except ItemError as error:
@@ -198,7 +228,7 @@ class VolumeLabelRunner(UnitRunner):
         for z in layers:
             began = time.monotonic()
             layer, read_s = ahead.result()
-            seconds["wait_read"] += time.monotonic() - began
+            seconds["wait_decode"] += time.monotonic() - began
             seconds["read"] += read_s
             receipt.bytes_read += 0 if layer.piece is None else layer.piece.values.nbytes
             if z + 1 in layers:
@@ -235,7 +265,7 @@ class VolumeLabelRunner(UnitRunner):
 
         try:
             for place in places:
-                if len(running) > self.compute_threads:
+                if len(running) >= self._at_once:
                     yield collect()
                 running.append((place, self._compute.submit(copy_context().run, self._predict, place, layer)))
             while running:

@@ -94,14 +94,18 @@ def open_reader(job: SegmentVolumeJob, config: FusionConfig, facts: dict[str, An
     """The reader of a job, with what its plan fixed. Raises BadRequest, TransientError, SystemicError."""
     grid, volume = PredictionGrid.read(facts["grid"]), open_source(job, config.raw_voxel_nm)
     context = None if config.model.fusion == "none" else context_source(job, config, volume)
-    stored = {}
-    for name in ("tokens", "context_tokens"):
+    return WindowReader(grid, volume, facts["limits"], context=context, **stored_tokens(job, config, volume, facts["limits"]))
+
+
+def stored_tokens(job: SegmentVolumeJob, config: FusionConfig, volume: Volume, limits: Sequence[float] | None = None) -> dict[str, StoredTokens]:
+    """The stored tokens that a job names, by setting. Raises BadRequest for others' tokens."""
+    found = {}
+    for name, factor in (("tokens", 1), ("context_tokens", config.context_factor)):
         url = getattr(job, name)
-        factor = 1 if name == "tokens" else config.context_factor
         if url is not None and config.backbone is not None:
-            stored[name] = open_tokens(url, digest=config.backbone.digest, limits=facts["limits"], name=name,
-                                       raw_voxel_nm=tuple(r * factor for r in config.raw_voxel_nm))  # type: ignore[arg-type]
-    return WindowReader(grid, volume, facts["limits"], context=context, **stored)
+            found[name] = open_tokens(url, digest=config.backbone.digest, limits=limits, name=name,
+                                      raw_voxel_nm=tuple(r * factor for r in volume.voxel_size_nm))  # type: ignore[arg-type]
+    return found
 
 
 def _finite(values: np.ndarray, volume: Volume) -> np.ndarray:

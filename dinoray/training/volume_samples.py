@@ -21,6 +21,7 @@ from dinoray.vision.fusion_model import Planes, VolumeCrop
 from dinoray.vision.stored_tokens import StoredTokens
 from dinoray.vision.voxel_grids import VoxelGrid
 
+
 @dataclass(frozen=True)
 class CropSample:
     """A crop with its labels: `labels`, `known` [z, y, x] on the crop's target grid."""

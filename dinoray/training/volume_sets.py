@@ -14,8 +14,8 @@ from dinoray.config.fusion import TrainContextFusionJob
 from dinoray.config.volume_labels import LabelledVolume
 from dinoray.errors import BadRequest
 from dinoray.io.items import FileRef
-from dinoray.io.volume_grid import Triple
 from dinoray.io.stores import Store
+from dinoray.io.volume_grid import Triple
 from dinoray.training.volume_regions import Region
 from dinoray.wording import plural
 

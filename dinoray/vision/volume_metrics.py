@@ -34,7 +34,7 @@ def confusion(pred: np.ndarray, truth: np.ndarray, classes: int, known: np.ndarr
     """[classes, classes] int64: voxels by (truth, prediction). Raises ValueError for a class outside."""
     pred, truth = (a[known] if known is not None else a.ravel() for a in (pred, truth))
     for name, values in (("prediction", pred), ("truth", truth)):
-        if values.size and not (0 <= int(values.min()) and int(values.max()) < classes):
+        if values.size and not (int(values.min()) >= 0 and int(values.max()) < classes):
             raise ValueError(f"the {name} has classes {values.min()}..{values.max()}, not 0..{classes - 1}")
     table = np.bincount(truth.astype(np.int64) * classes + pred.astype(np.int64), minlength=classes**2)
     return table.reshape(classes, classes)

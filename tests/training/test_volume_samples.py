@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from dinoray.config.fusion import VolumeAugmentation
-from dinoray.config.volume_labels import LabelledVolume
 from dinoray.errors import BadRequest
 from dinoray.training.volume_augmentation import spoil
 from dinoray.training.volume_regions import Region
@@ -143,7 +142,7 @@ def test_what_spoils_raw() -> None:
     assert any(len(np.flatnonzero((run(s, p_shifted=1)[0] != raw).any((1, 2)))) == 1 for s in range(5))
     for name in ("p_tone", "p_noise", "p_blur"):
         a, b = run(3, **{name: 1})
-        assert not np.array_equal(a, raw) and not np.array_equal(b, context) and 0 <= a.min() and a.max() <= 1
+        assert not np.array_equal(a, raw) and not np.array_equal(b, context) and a.min() >= 0 and a.max() <= 1
     # one option leaves the others' choices as they were
     both, alone = run(4, p_missing=1, p_tone=1), run(4, p_tone=1)
     assert np.corrcoef(both[0].ravel(), alone[0].ravel())[0, 1] > 0.5

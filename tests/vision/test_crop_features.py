@@ -10,7 +10,15 @@ import torch
 from torch import nn
 
 from dinoray.io.volume_grid import NORMAL
-from dinoray.vision.crop_features import context_target, crop_tokens, pixel_grid, plane_pixels, planes_for, space_to_depth, token_grid
+from dinoray.vision.crop_features import (
+    context_target,
+    crop_tokens,
+    pixel_grid,
+    plane_pixels,
+    planes_for,
+    space_to_depth,
+    token_grid,
+)
 from dinoray.vision.voxel_grids import VoxelGrid, matrices, resample
 from tests.runs import TINY, tiny_backbone
 
