@@ -49,6 +49,8 @@ class TrainContextFusionJob(TrainingJob):
 
     kind: ClassVar[str] = "context-fusion"
     command: ClassVar[str] = "context-fusion"
+    help_hint: ClassVar[str] = "docs/training-volumes.md explains each field"
+    source_fields: ClassVar[tuple[str, ...]] = ("train", "validation")
 
     train: tuple[LabelledVolume, ...] = Field(min_length=1)
     """Regions to learn from."""

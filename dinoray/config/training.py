@@ -25,7 +25,7 @@ class TrainingJob(BaseModel):
     kind: ClassVar[str]
     command: ClassVar[str]
     help_hint: ClassVar[str] = "docs/training.md explains each field"
-    source_fields: ClassVar[tuple[str, ...]] = ("train", "validation")
+    source_fields: ClassVar[tuple[str, ...]] = ()
     """Fields that say what is trained on; what they hold has `path_fields` and `paths()`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
@@ -131,6 +131,7 @@ class TrainDistanceMapJob(TrainingJob):
 
     kind: ClassVar[str] = "distance-map"
     command: ClassVar[str] = "distance-map"
+    source_fields: ClassVar[tuple[str, ...]] = ("train", "validation")
 
     train: tuple[LabelledSource, ...] = Field(min_length=1)
     """Labelled images to learn from (docs/training-data.md)."""

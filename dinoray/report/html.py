@@ -19,6 +19,7 @@ import numpy as np
 from dinoray.errors import BadRequest, OutputDamaged
 from dinoray.io.stores import filesystem, is_local, local_path, open_store
 from dinoray.report import plots
+from dinoray.report.fusion_page import is_fusion, render_fusion
 from dinoray.report.gallery import Gallery, build_gallery
 from dinoray.report.labels_page import render_labels
 from dinoray.report.leakage import measure_leakage
@@ -51,7 +52,10 @@ def write_report(out: str, to: str | None = None) -> str:
     if to is not None:
         _check_target(out, to)
     store = open_store(out)
-    text = render_training(store) if is_training(store) else render(open_for_report(out))
+    if is_training(store):
+        text = render_fusion(store) if is_fusion(store) else render_training(store)
+    else:
+        text = render(open_for_report(out))
     page = text.encode("utf-8", "replace")
     if to is None:
         store.put("report.html", page)

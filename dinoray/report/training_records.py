@@ -111,11 +111,12 @@ def open_training(store: Store) -> Training:
         raise OutputDamaged(f"the record of the job cannot be read: {error.errors()[0]['msg']}",
                             where=f"{store.url}/_dinoray/job.json", todo="restore it from a copy") from error
     surveys = {name: table for name in SETS if (table := _survey(store, name)) is not None}
-    return Training(store, record, job, _json(store, "_dinoray/progress.json") or {}, _history(store), surveys,
+    return Training(store, record, job, read_json(store, "_dinoray/progress.json") or {}, read_history(store), surveys,
                     _parsed(store, "checkpoint/config.json", _Checkpoint, missing_ok=True), stored_examples(store))
 
 
-def _json(store: Store, key: str) -> Any:
+def read_json(store: Store, key: str) -> Any:
+    """A record, None where it is missing. Raises OutputDamaged."""
     try:
         return json.loads(store.get(key))
     except FileNotFoundError:
@@ -125,7 +126,7 @@ def _json(store: Store, key: str) -> Any:
 
 
 def _parsed(store: Store, key: str, model: type[BaseModel], *, missing_ok: bool = False) -> Any:
-    found = _json(store, key)
+    found = read_json(store, key)
     if found is None and missing_ok:
         return None
     try:
@@ -135,8 +136,9 @@ def _parsed(store: Store, key: str, model: type[BaseModel], *, missing_ok: bool 
         raise _damaged(store, key, f"{'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}") from error
 
 
-def _history(store: Store) -> list[dict[str, float | None]]:
-    found = _json(store, "history.json")
+def read_history(store: Store) -> list[dict[str, float | None]]:
+    """The rows of history.json. Raises OutputDamaged."""
+    found = read_json(store, "history.json")
     try:
         rows = _ROWS.validate_python([] if found is None else found)
         if any(row.get("step") is None for row in rows):

@@ -10,14 +10,17 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 
 from dinoray.config.fusion import TrainContextFusionJob
+from dinoray.errors import SystemicError
 from dinoray.io.volume_grid import Shape
 from dinoray.training.parameters import parameter_groups
+from dinoray.training.sampling import bounded_map
 from dinoray.training.volume_regions import Region
 from dinoray.training.volume_samples import CropSample, CropSampler
 from dinoray.training.workers import Workers
@@ -28,6 +31,8 @@ from dinoray.vision.voxel_losses import Pair, affinity_loss, class_loss
 
 THRESHOLDS = tuple(round(0.1 + 0.05 * i, 2) for i in range(17))
 """Affinities above one of them join voxels; the best on the validation is kept."""
+LOOKED_AT = 8
+"""Places looked at for ground truth, for each validation crop."""
 SMOOTHING = 0.04
 """Targets of affinities are drawn to 0.5 by this."""
 
@@ -73,6 +78,10 @@ class ContextFusionTask:
     def _with_target(self, crop: CropSample) -> Sample:
         job, grid = self.job, crop.crop.target_grid
         if job.target == "classes":
+            found = crop.labels[crop.known]
+            if found.size and not 0 <= int(found.min()) <= int(found.max()) < len(job.classes):
+                raise SystemicError(f"labels {int(found.min())}..{int(found.max())} in a crop, but {len(job.classes)} classes",
+                                    todo="name all classes in `classes`, and the label of unknown voxels in `unknown`, in a new out")
             return Sample(crop, np.where(crop.known, crop.labels, 0).astype(np.int64), np.ascontiguousarray(crop.known))
         labels, known = np.ascontiguousarray(crop.labels), np.ascontiguousarray(crop.known)
         values, valid = affinities(labels, job.offsets, known)
@@ -115,15 +124,18 @@ class ContextFusionTask:
         """Mean loss over fixed, un-augmented crops of the validation regions; of classes also the mean IoU of those that occur."""
         job, total, count = self.job, 0.0, 0.0
         table = np.zeros((len(job.classes),) * 2, np.int64)
-        places = workers.share(self._validation_places())
+        places = workers.share(self._validation_places)
         with ThreadPoolExecutor(job.data_threads, thread_name_prefix="validate") as threads:
-            samples = threads.map(lambda place: self._with_target(self.validation.at(*place)), places)
+            samples = bounded_map(threads, lambda place: self._with_target(self.validation.at(*place)), places, 2 + job.data_threads)
             for sample in samples:
                 loss, weight, logits = self._scored(sample)
                 total, count = total + loss, count + weight
                 if job.target == "classes":
                     table += confusion(logits.argmax(1)[0].cpu().numpy(), sample.target, len(job.classes), sample.known)
         total, count, *cells = workers.total(total, count, *table.ravel().tolist())
+        if not count > 0:
+            raise SystemicError("no voxel of the validation crops counts: their classes do not occur in the training regions",
+                                todo="choose validation regions with classes that are trained on, in a new out")
         figures = {"loss": total / count}
         if job.target == "classes":
             scores = class_scores(np.array(cells).reshape(table.shape), list(job.classes))
@@ -139,7 +151,7 @@ class ContextFusionTask:
             return {f"validation_{name}": value for name, value in found.items()}, 0.5
         names = ("rand_error", "vi_split", "vi_merge")
         totals, crops = np.zeros((len(THRESHOLDS), len(names))), 0
-        for place in workers.share(self._validation_places()):
+        for place in workers.share(self._validation_places):
             sample = self._with_target(self.validation.at(*place))
             values = torch.sigmoid(self._scored(sample)[2])[0].float().cpu().numpy()
             truth, known = sample.sample.labels, sample.sample.known
@@ -169,6 +181,7 @@ class ContextFusionTask:
             self._extraction_s = spent
         return float(loss), float(weight), found[0]
 
+    @cached_property
     def _validation_places(self) -> list[tuple[Region, Shape]]:
         """Crops side by side over the validation regions, evenly thinned to validation_crops."""
         places = []
@@ -179,6 +192,9 @@ class ContextFusionTask:
                 count = -(-available // wanted)
                 starts.append([spare // 2] if spare <= 0 else [round(i * spare / (count - 1)) for i in range(count)])
             places += [(region, (z, y, x)) for z in starts[0] for y in starts[1] for x in starts[2]]
+        # of very many, those that are looked at for ground truth are thinned first
+        if len(places) > LOOKED_AT * self.job.validation_crops:
+            places = [places[i] for i in np.linspace(0, len(places) - 1, LOOKED_AT * self.job.validation_crops).round().astype(int)]
         places = [p for p in places if p[0].labels(p[1], self.validation.shape)[1].any()]
         if len(places) > self.job.validation_crops:
             places = [places[i] for i in np.linspace(0, len(places) - 1, self.job.validation_crops).round().astype(int)]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dinoray.config.fusion import TrainContextFusionJob
-from dinoray.errors import BadRequest
+from dinoray.errors import BadRequest, SystemicError
 from dinoray.io.stores import Store
 from dinoray.training.fusion_worker import build_model
 from dinoray.training.kinds import Say, Sets
@@ -14,6 +14,9 @@ from dinoray.training.volume_samples import CropSampler
 from dinoray.training.volume_sets import ListedVolume, digest, listed, opened, refuse_shared, survey
 from dinoray.vision.backbone import Backbone
 from dinoray.vision.decoders.unet3d import NORMS
+
+TRIED = 8
+"""Places that are drawn before the training begins, to see whether its filters can be satisfied."""
 
 
 class ContextFusionKind:
@@ -33,9 +36,17 @@ class ContextFusionKind:
         return digest(listed)
 
     def probe(self, job: TrainContextFusionJob, sets: Sets) -> tuple[Backbone | None, int]:
-        regions = opened(job, (*job.train, *job.validation), 0.0)
+        regions = [*opened(job, job.train, 0.0), *opened(job, job.validation, 0.0)]
         try:
-            CropSampler(job, regions)  # refuses regions that no crop fits
+            sampler = CropSampler(job, regions)  # refuses regions that no crop fits
+            if len({tuple(round(v, 3) for v in (*r.raw_grid.pitch_nm, *r.label_grid.pitch_nm)) for r in regions}) > 1:
+                raise BadRequest("the regions of train and validation have voxels of different sizes", where="validation",
+                                 todo="choose levels by raw_voxel_size and label_voxel_size")
+            try:
+                for index in range(TRIED):
+                    sampler.place(index)
+            except SystemicError as error:
+                raise BadRequest(error.what, where=error.where, todo=error.todo) from error
             model = build_model(job, job.weights, None, regions[0].factor)
             for region in regions:
                 if model.backbone is not None:

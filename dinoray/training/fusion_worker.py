@@ -55,9 +55,9 @@ def build_model(job: TrainContextFusionJob, weights: str | None, expect: str | N
     record = record_of(job, factor)
     backbone = None
     if record.uses_backbone:
-        backbone = load_backbone(job.model, weights, accept_license=job.accept_dinov3_license, expect_digest=expect)
-        if job.precision == "bfloat16":
-            backbone = backbone.to(torch.bfloat16)
+        # the driver's probe stays as the file is: it is what is staged for the workers
+        dtype = torch.bfloat16 if job.precision == "bfloat16" and expect is not None else torch.float32
+        backbone = load_backbone(job.model, weights, dtype=dtype, accept_license=job.accept_dinov3_license, expect_digest=expect)
     return new_model(record, backbone, seed=job.seed, checkpointing=job.gradient_checkpointing, slice_batch=job.slice_batch)
 
 

@@ -31,8 +31,8 @@ def spoil(raw: np.ndarray, raw_grid: VoxelGrid, context: np.ndarray | None, cont
         k = int(drawn["missing"] * raw.shape[0])
         at = raw_grid.centres(0)[k]
         for values, grid in zip(volumes, grids, strict=False):
-            assert grid is not None
-            values[np.abs(grid.centres(0) - at) <= grid.pitch_nm[0] / 2] = 0
+            assert grid is not None  # of a context's pixel, which is a mean of sections, only its share is lost
+            values[int(np.argmin(np.abs(grid.centres(0) - at)))] *= 1 - raw_grid.pitch_nm[0] / grid.pitch_nm[0]
     if drawn["p_shifted"] < config.p_shifted:
         k = int(drawn["shifted"] * raw.shape[0])
         by = [round((2 * drawn[name] - 1) * config.shift) for name in ("shift_y", "shift_x")]

@@ -28,6 +28,7 @@ ALIGNED = 0.05
 """Share of a raw voxel by which the grids of raw and labels may be apart: rounding of metadata."""
 BLOCK = 64
 """Voxels a side of a block of the sample that fixes the scaling."""
+MOST_BLOCKS_A_SIDE = 128
 PERCENTS = (0.1, 99.9)
 
 
@@ -55,7 +56,7 @@ class Region:
 
     def __init__(self, source: LabelledVolume, *, keep_bytes: int, context_nm: Triple | None = None, scaling_sample: int = 64):
         """`keep_bytes`: of each volume that may be kept in memory; `context_nm`: pixels of the context's slices (a coarser level
-        of raw serves it where there is one). Raises BadRequest for volumes that do not fit each other."""
+        of raw serves it where there is one); `scaling_sample`: blocks that fix the scaling, 0 where no raw voxel will be read. Raises BadRequest for volumes that do not fit each other."""
         self.source = source
         self.raw_volume = open_volume(_request(source, source.raw_voxel_size))
         self.label_volume = open_volume(VolumeRequest(source.labels, raw_voxel_nm=_nm(source.label_voxel_size),
@@ -72,7 +73,7 @@ class Region:
         keep = [v.dtype.itemsize * int(np.prod(v.shape)) <= keep_bytes for v in (self.raw_volume, self.context_volume, self.label_volume)]
         self._raw, self._labels = _Held(self.raw_volume, keep[0]), _Held(self.label_volume, keep[2])
         self._coarse = self._raw if self.context_volume is self.raw_volume else _Held(self.context_volume, keep[1])
-        self.low, self.high = self._range(scaling_sample)
+        self.low, self.high = self._range(scaling_sample) if scaling_sample else (0.0, 1.0)
         self.tokens: StoredTokens | None = None
         """Stored tokens of the raw voxels, where there are any."""
         self.context_tokens: StoredTokens | None = None
@@ -84,7 +85,22 @@ class Region:
             url = getattr(self.source, name)
             if url is not None:
                 pixel: Triple = tuple(p * factor for p in self.raw_grid.pitch_nm)  # type: ignore[assignment]
-                setattr(self, name, open_tokens(url, digest=digest, raw_voxel_nm=pixel, name=name, limits=(self.low, self.high)))
+                found = open_tokens(url, digest=digest, raw_voxel_nm=pixel, name=name, limits=(self.low, self.high))
+                self._check_place(found, name, pixel)
+                setattr(self, name, found)
+
+    def _check_place(self, tokens: StoredTokens, name: str, slack_nm: Triple) -> None:
+        """Raise BadRequest for tokens of another place: of more than the region they would have seen what it must not."""
+        grid = tokens.grid
+        for axis in range(3):
+            ours = self.raw_grid.first_nm[axis] - self.raw_grid.pitch_nm[axis] / 2
+            theirs = grid.translation_nm[axis] - grid.voxel_nm[axis] / 2
+            ends = (ours + self.raw_grid.extent_nm[axis], theirs + grid.shape[axis] * grid.voxel_nm[axis])
+            slack = 0.5 * self.raw_grid.pitch_nm[axis] if name == "tokens" else slack_nm[axis]
+            if abs(ours - theirs) > slack or abs(ends[0] - ends[1]) > slack:
+                raise BadRequest(f"the stored tokens are of {theirs:g} to {ends[1]:g} nm along {'zyx'[axis]}, the region is {ours:g} to "
+                                 f"{ends[0]:g} nm", where=f"{name}: {tokens.url}",
+                                 todo="extract the tokens of this region alone, with --crop")
 
     def close(self) -> None:
         """Close the volumes."""
@@ -135,6 +151,9 @@ class Region:
         if self.source.box() is None:  # a coarser level covers the same place
             with contextlib.suppress(BadRequest):
                 coarser = open_volume(_request(self.source, pixel_nm))
+        if coarser is not None and coarser.voxel_size_nm == self.raw_volume.voxel_size_nm:
+            coarser.close()
+            coarser = None
         found = context_level(self.raw_volume, coarser, pixel_nm)
         if coarser is not None and found[0] is not coarser:
             coarser.close()
@@ -142,7 +161,9 @@ class Region:
 
     def _range(self, count: int) -> tuple[float, float]:
         """Percentiles 0.1 and 99.9 of a sample of the region's blocks, those whose place has the smallest hash."""
-        places = list(product(*(range(-(-n // BLOCK)) for n in self.raw_volume.shape)))
+        per_axis = [-(-n // BLOCK) for n in self.raw_volume.shape]
+        steps = [max(1, n // MOST_BLOCKS_A_SIDE) for n in per_axis]  # of a huge region every n-th block is a candidate
+        places = list(product(*(range(0, n, s) for n, s in zip(per_axis, steps, strict=True))))
         places.sort(key=lambda p: blake2b("-".join(map(str, p)).encode(), digest_size=8).digest())
         values = []
         for place in places[:count]:

@@ -61,14 +61,22 @@ class CropSampler:
         self.turns = turns(job.augmentation.turns, self.shape, sizes)
 
     def draw(self, index: int) -> CropSample:
-        """Sample number `index`, augmented. Raises BadRequest when no place satisfies the filters, SystemicError."""
+        """Sample number `index`, augmented. Raises SystemicError, also when no place satisfies the filters."""
         rng = generator(self.job.seed, index)
-        region = self.regions[pick(rng, self._shares)]
-        turn = self.turns[int(rng.random() * len(self.turns))]
-        sample = self.at(region, self._place(region, rng))
+        region, start, turn = self._drawn(rng)
+        sample = self.at(region, start)
         crop = sample.crop
         raw, context = spoil(crop.raw, crop.raw_grid, crop.context, crop.context_grid, self.job.augmentation, rng)
         return replace(sample, crop=replace(crop, raw=raw, context=context)).turned(turn)
+
+    def place(self, index: int) -> tuple[Region, Shape]:
+        """Where sample number `index` lies. Raises SystemicError when no place satisfies the filters."""
+        return self._drawn(generator(self.job.seed, index))[:2]
+
+    def _drawn(self, rng: np.random.Generator) -> tuple[Region, Shape, Turn]:
+        region = self.regions[pick(rng, self._shares)]
+        turn = self.turns[int(rng.random() * len(self.turns))]
+        return region, self._place(region, rng), turn
 
     def at(self, region: Region, start: Shape) -> CropSample:
         """The crop whose first label voxel is `start`, as it is. Raises SystemicError."""
@@ -91,7 +99,7 @@ class CropSampler:
         return CropSample(found, labels, known)
 
     def _place(self, region: Region, rng: np.random.Generator) -> Shape:
-        """A place whose labels satisfy the filters. Raises BadRequest after max_attempts."""
+        """A place whose labels satisfy the filters. Raises SystemicError after max_attempts."""
         job, why = self.job, ""
         places = rng.random((job.max_attempts, 3))
         for drawn in places:
@@ -100,7 +108,7 @@ class CropSampler:
             why = self._refused(labels, known)
             if not why:
                 return start  # type: ignore[return-value]
-        raise BadRequest(f"none of {job.max_attempts} places is fit for training; the last one has {why}", where=region.source.labels,
+        raise SystemicError(f"none of {job.max_attempts} places is fit for training; the last one has {why}", where=region.source.labels,
                          todo="lower min_known, min_foreground or min_ids, or choose a region with more in it")
 
     @staticmethod

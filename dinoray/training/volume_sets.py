@@ -17,6 +17,7 @@ from dinoray.io.items import FileRef
 from dinoray.io.stores import Store
 from dinoray.io.volume_grid import Triple
 from dinoray.training.volume_regions import Region
+from dinoray.volume_tokens import tokens_fingerprint
 from dinoray.wording import plural
 
 SURVEY_KEY = "_dinoray/survey-volumes.json"
@@ -34,18 +35,22 @@ class ListedVolume:
     source: int
     box: tuple[Triple, Triple]
     """Corner and extent in nm."""
+    tokens: tuple[tuple[str, str], ...] = ()
+    """Stored tokens by setting, as fingerprints."""
 
 
 def listed(sources: Sequence[LabelledVolume]) -> list[ListedVolume]:
     """The regions of a set. Raises BadRequest for volumes that cannot be opened or do not fit each other."""
     found = []
     for number, source in enumerate(sources):
-        region = Region(source, keep_bytes=0, scaling_sample=1)
+        region = Region(source, keep_bytes=0, scaling_sample=0)
         try:
             grid = region.raw_grid
             corner: Triple = tuple(f - p / 2 for f, p in zip(grid.first_nm, grid.pitch_nm, strict=True))  # type: ignore[assignment]
+            tokens = tuple((name, tokens_fingerprint(url, name)) for name in ("tokens", "context_tokens")
+                           if (url := getattr(source, name)) is not None)
             found.append(ListedVolume(f"{source.raw.rstrip('/').rsplit('/', 1)[-1]}[{source.region or 'all'}]",
-                                      (region.raw_volume.ref, region.label_volume.ref), number, (corner, grid.extent_nm)))
+                                      (region.raw_volume.ref, region.label_volume.ref), number, (corner, grid.extent_nm), tokens))
         finally:
             region.close()
     return found
@@ -56,7 +61,7 @@ def digest(volumes: Sequence[ListedVolume]) -> str:
     hasher = blake2b(digest_size=16)
     for volume in volumes:
         files = [(file.uri, file.size, file.version) for file in volume.files]
-        hasher.update(repr((volume.source, volume.image_id, volume.box, files)).encode())
+        hasher.update(repr((volume.source, volume.image_id, volume.box, files, volume.tokens)).encode())
     return hasher.hexdigest()
 
 
@@ -91,7 +96,7 @@ def opened(job: TrainContextFusionJob, sources: Sequence[LabelledVolume], share:
     for source in sources:
         pixel = None
         if job.fusion != "none":
-            first = Region(source, keep_bytes=0, scaling_sample=1)
+            first = Region(source, keep_bytes=0, scaling_sample=0)
             pixel = context_pixel(first, job.context_factor)
             first.close()
         found.append(Region(source, keep_bytes=int(share * job.cache_bytes / len(sources) / 3), context_nm=pixel,
@@ -115,12 +120,12 @@ def survey(job: TrainContextFusionJob, store: Store, say: Callable[[str], None],
     counts, instances = np.zeros(len(job.classes), np.int64), []
     for name, sources in (("train", job.train), ("validation", job.validation)):
         for number, source in enumerate(sources):
-            region = Region(source, keep_bytes=0, scaling_sample=1)
+            region = Region(source, keep_bytes=0, scaling_sample=0)
             say(f"looking at the labels of {source.labels}")
             found = _counted(region, check)
             region.close()
             if not found:
-                raise BadRequest("not one voxel of the region has a label", where=f"{name}.{number}", todo="choose another region")
+                raise BadRequest(f"not one voxel of {BLOCKS} boxes spread over the region has a label", where=f"{name}.{number}", todo="choose another region")
             if job.target == "classes" and (max(found) >= len(job.classes) or min(found) < 0):
                 raise BadRequest(f"labels {min(found)}..{max(found)}, but {plural(len(job.classes), 'class')} (0..{len(job.classes) - 1})",
                                  where=f"{name}.{number}", todo="name all classes in `classes`, and the label of unknown voxels in `unknown`")
@@ -131,7 +136,7 @@ def survey(job: TrainContextFusionJob, store: Store, say: Callable[[str], None],
     if job.target == "classes":
         for k, name in enumerate(job.classes):
             if not counts[k]:
-                say(f"class {k} ({name}) does not occur in the training regions: nothing will be learned of it")
+                say(f"class {k} ({name}) does not occur in the boxes of the training regions that were counted: little may be learned of it")
         if not counts[1:].any():
             raise BadRequest("the training regions hold background alone", where="train", todo="choose regions with labels")
     elif not sum(instances):
@@ -144,9 +149,9 @@ def survey(job: TrainContextFusionJob, store: Store, say: Callable[[str], None],
 def _counted(region: Region, check: Callable[[], None]) -> dict[int, int]:
     """Label -> voxels, over at most BLOCKS boxes spread evenly over a region."""
     shape = region.label_grid.shape
-    places = [(z, y, x) for z in range(0, shape[0], SIDE) for y in range(0, shape[1], SIDE) for x in range(0, shape[2], SIDE)]
-    if len(places) > BLOCKS:
-        places = [places[i] for i in np.linspace(0, len(places) - 1, BLOCKS).round().astype(int)]
+    per_axis = tuple(-(-n // SIDE) for n in shape)
+    chosen = np.unique(np.linspace(0, int(np.prod(per_axis)) - 1, BLOCKS).round().astype(np.int64))
+    places = [tuple(int(i) * SIDE for i in place) for place in zip(*np.unravel_index(chosen, per_axis), strict=True)]
     found: dict[int, int] = {}
     for place in places:
         check()

@@ -49,7 +49,7 @@ class Turn:
 
 def turns(kind: str, shape: tuple[int, int, int], sizes: list[tuple[float, float, float]]) -> list[Turn]:
     """The turns that a crop of `shape` allows: `cube`, `plane` (z stays z), `flips`, `none`, or `auto`, as many as voxels of all
-    `sizes` (nm) have. Turns that would change the shape are left out."""
+    `sizes` (nm) have. Turns that would change the shape or the voxels are left out."""
     def alike(a: int, b: int) -> bool:
         return all(abs(s[a] - s[b]) <= 1e-3 * s[a] for s in sizes)
 
@@ -58,5 +58,9 @@ def turns(kind: str, shape: tuple[int, int, int], sizes: list[tuple[float, float
     if kind == "none":
         return [Turn()]
     orders = {"cube": list(permutations(range(3))), "plane": [(0, 1, 2), (0, 2, 1)], "flips": [(0, 1, 2)]}[kind]
-    return [Turn(order, mirror) for order in orders if tuple(shape[a] for a in order) == tuple(shape)  # type: ignore[arg-type]
+    def kept(order: tuple[int, ...]) -> bool:
+        """Whether a turn leaves the crop's shape and all voxel sizes as they are: samples of a batch have one grid."""
+        return tuple(shape[a] for a in order) == tuple(shape) and all(alike(a, b) for a, b in enumerate(order))
+
+    return [Turn(order, mirror) for order in orders if kept(order)  # type: ignore[arg-type]
             for mirror in product((False, True), repeat=3)]

@@ -28,19 +28,18 @@ class StoredTokens:
         """plane -> (tokens float32 [C, z, y, x] that the voxels of `target` are interpolated from, their grid), positions counted
         from `centre_nm` as those of `target` are.
 
-        As many tokens wherever the crop lies, as far as the array has so many. Raises ItemError `missing_tokens` where some were
+        As many tokens wherever the crop lies; beyond the array the outermost goes on. Raises ItemError `missing_tokens` where some were
         not computed, OutputDamaged.
         """
         found = {}
         for name, array in self._arrays.items():
             spec = self.grid.plane(name).array
-            start, stop = [], []
-            for axis in range(3):
-                low, count = _span(spec.translation_nm[axis], spec.pitch_nm[axis], spec.shape[axis],
-                                   centre_nm[axis] + target.first_nm[axis], target.pitch_nm[axis], target.shape[axis])
-                start.append(low)
-                stop.append(low + count)
-            values = array.read(*(n for pair in zip(start, stop, strict=True) for n in pair)).astype(np.float32)
+            spans = [_span(spec.translation_nm[a], spec.pitch_nm[a], centre_nm[a] + target.first_nm[a], target.pitch_nm[a], target.shape[a])
+                     for a in range(3)]
+            at = [np.clip(np.arange(low, low + count), 0, n - 1) for (low, count), n in zip(spans, spec.shape, strict=True)]
+            start = [low for low, _ in spans]
+            box = array.read(*(n for i in at for n in (int(i[0]), int(i[-1]) + 1)))
+            values = box[(slice(None), *np.ix_(*(i - i[0] for i in at)))].astype(np.float32)  # the outermost token goes on
             if not np.isfinite(values).all():
                 raise ItemError("missing_tokens", f"tokens of {name} are not there: background, or quarantined", where=self.url,
                                 todo="extract the whole volume, without --foreground, and `dinoray retry` what was quarantined")
@@ -49,8 +48,7 @@ class StoredTokens:
         return found
 
 
-def _span(origin: float, pitch: float, size: int, first: float, step: float, count: int) -> tuple[int, int]:
-    """(first token, how many) for `count` positions from `first` on, `step` apart: all between, one more on each side."""
-    wanted = min(size, ceil((count - 1) * step / pitch) + 2)
-    low = floor((first - origin) / pitch + 1e-9)
-    return min(max(low, 0), size - wanted), wanted
+def _span(origin: float, pitch: float, first: float, step: float, count: int) -> tuple[int, int]:
+    """(first token, how many) for `count` positions from `first` on, `step` apart: all between, one more on each side. Both may lie
+    beyond the array."""
+    return floor((first - origin) / pitch + 1e-9), ceil((count - 1) * step / pitch - 1e-9) + 2

@@ -91,6 +91,7 @@ class RelativeBias(nn.Module):
 
     def forward(self, offsets: torch.Tensor) -> torch.Tensor:
         """offsets [B, Q, K, 3] -> [B, heads, Q, K]."""
+        offsets = offsets.to(self.net[0].weight.dtype)
         angles = torch.cat([offsets * (math.pi * 2**k) for k in range(self.FREQUENCIES)], dim=-1)
         return self.net(torch.cat([offsets, angles.sin(), angles.cos()], dim=-1)).permute(0, 3, 1, 2)
 

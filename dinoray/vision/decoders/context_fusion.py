@@ -102,7 +102,7 @@ class ContextFusionUNet(nn.Module):
         """Raises ValueError when an input that the model has weights for is missing."""
         parts = []
         if self.raw_in is not None:
-            parts.append(self.raw_in(_needed(given.raw, "raw")))
+            parts.append(self.raw_in(_needed(given.raw, "raw").to(self.raw_in.weight.dtype)))
         if self.token_in is not None:
             tokens = _needed(given.tokens, "tokens")
             parts.append(tokens.on(CROP, self.token_in(tokens.tokens)))
