@@ -75,6 +75,7 @@ def test_weights_are_highest_at_borders_and_know_anisotropy() -> None:
 
 
 def test_mutex_watershed_of_true_affinities_and_where_a_leak_joins_two() -> None:
+    pytest.importorskip("mwatershed")
     labels = cells((10, 12, 14), 6, 3)
     values, _ = affinities(labels, FAR)
     found = mutex_watershed(values.astype(np.float32), FAR)
