@@ -87,7 +87,7 @@ def test_mutex_watershed_of_true_affinities_and_where_a_leak_joins_two() -> None
     two[:, :, :8], two[:, :, 8:] = 1, 2
     leak, _ = affinities(two, FAR)
     leak = leak.astype(np.float32)
-    leak[2, 1, 3, 7] = 1  # one wrong pair
+    leak[2, 1, 3, 7] = 0.7  # one wrong pair, less sure than the long ones that say otherwise
     assert components(leak, 0.5).max() == 1
     assert same_partition(mutex_watershed(leak, FAR), two)
 
