@@ -20,7 +20,8 @@ def write_zarr(folder: Path, values: np.ndarray, voxel_nm: tuple[float, float, f
     """An OME-Zarr 0.5 of one level, its outer corner at the origin."""
     if (folder / "zarr.json").exists():
         return folder
-    array = zarr.create_array(folder / "0", shape=values.shape, dtype=values.dtype, chunks=tuple(min(64, n) for n in values.shape), zarr_format=3)
+    array = zarr.create_array(folder / "0", shape=values.shape, dtype=values.dtype,
+                              chunks=tuple(min(64, n) for n in values.shape), zarr_format=3)
     array[:] = values
     axes = [{"name": a, "type": "space", "unit": "nanometer"} for a in "zyx"]
     level = {"path": "0", "coordinateTransformations": [{"type": "scale", "scale": list(voxel_nm)},
@@ -47,7 +48,10 @@ def fib25(data: Path, out: Path) -> tuple[Path, Path]:
 
 
 def nuclei(data: Path, out: Path) -> tuple[Path, Path]:
-    """(raw uint16, nuclei uint32), 60 x 256 x 256; the file states no voxel size: 290 x 260 x 260 nm, as scikit-image says of cells3d."""
+    """(raw uint16, nuclei uint32), 60 x 256 x 256.
+
+    The file states no voxel size: 290 x 260 x 260 nm, as scikit-image says of cells3d.
+    """
     folder, size = data / "nuclei3d_cells3d", (290.0, 260.0, 260.0)
     return (write_zarr(out / "nuclei.zarr", tifffile.imread(folder / "nuclei.tif"), size),
             write_zarr(out / "nuclei_labels.zarr", tifffile.imread(folder / "nuclei_label.tif").astype(np.uint32), size))

@@ -2,10 +2,10 @@
 
     python -m benchmarks.volumes_learning --out runs/volumes [--minutes 25] [--models raw both full]
 
-Train z < 118, validation z 120..168 (in the gap), test z >= 170, which is scored once. Tokens of each region are extracted from that
-region alone and stored; affinities by `dinoray train context-fusion`, instances by `dinoray segment volume`, scores by `dinoray
-evaluate volume`; the threshold is chosen on the validation. `watershed`: smoothed intensity, its two settings chosen on the validation.
-Every stage keeps its result in `--out`: a run that was ended goes on where it was.
+Train z < 118, validation z 120..168 (in the gap), test z >= 170, which is scored once. Tokens of each region are extracted from
+that region alone and stored; affinities by `dinoray train context-fusion`, instances by `dinoray segment volume`, scores by
+`dinoray evaluate volume`; the threshold is chosen on the validation. `watershed`: smoothed intensity, its two settings chosen on
+the validation. Every stage keeps its result in `--out`: a run that was ended goes on where it was.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Bench:
         """The stored tokens of a region, made of that region alone."""
         out = self.out / f"tokens_{region}"
         if not (out / "_SUCCESS").exists():
-            extract_volume(ExtractVolumeJob(sources=str(self.raw), out=str(out), model=self.backbone, weights=self.weights, crop=REGIONS[region],
-                                            voxel_size=FIB_NM, window_px=256, halo_px=0, no_ray=True), print)
+            extract_volume(ExtractVolumeJob(sources=str(self.raw), out=str(out), model=self.backbone, weights=self.weights,
+                                            crop=REGIONS[region], voxel_size=FIB_NM, window_px=256, halo_px=0, no_ray=True), print)
         return str(out)
 
     def source(self, region: str, with_tokens: bool) -> dict[str, Any]:
@@ -71,8 +71,8 @@ class Bench:
             **given, train=(self.source("train", with_tokens),), validation=(self.source("validation", with_tokens),),  # type: ignore[arg-type]
             out=str(self.out / name), model=self.backbone if with_tokens else None, weights=self.weights if with_tokens else None,
             target="affinities", classes=("background", "body"), crop_voxels=(48,), base_channels=16, levels=3, steps=self.steps,
-            batch_size=2, micro_batch=2, learning_rate=1e-3, warmup_steps=50, validate_every=250, checkpoint_every=250, log_every=25,
-            ema_decay=0.99, precision="bfloat16", device="cpu", no_ray=True,
+            batch_size=2, micro_batch=2, learning_rate=1e-3, warmup_steps=50, validate_every=250, checkpoint_every=250,
+            log_every=25, ema_decay=0.99, precision="bfloat16", device="cpu", no_ray=True,
             stop_after_s=max(1.0, self.minutes * 60 - self.seconds(name)))
         if not (self.out / name / "checkpoint/config.json").exists():
             try:
@@ -146,14 +146,16 @@ def main() -> None:
         if not kept.exists():
             found = bench.watershed() if name == "watershed" else bench.labels(name)
             pairs = Contingency().add(found, bench.truth)
-            kept.write_text(json.dumps({**asdict(instance_score(pairs)), "ap50": average_precision(pairs), "seconds": bench.seconds(name),
+            kept.write_text(json.dumps({**asdict(instance_score(pairs)), "ap50": average_precision(pairs),
+                                        "seconds": bench.seconds(name),
                                         "blocks": block_errors(found, bench.truth).tolist()}, indent=1))
         results[name] = json.loads(kept.read_text())
         errors[name] = np.array(results[name]["blocks"])
     rows = [[name, *(f"{r[key]:.4f}" for key in ("rand_error", "vi_split", "vi_merge", "ap50")), f"{r['seconds'] / 60:.1f}"]
             for name, r in results.items()]
-    lines = [hardware(), f"FIB-25, test z >= 170; {given.backbone} with weights {given.weights}; at most {given.steps} steps, {given.minutes:g} "
-             "minutes a model.\n", table(["model", "adapted Rand error", "VI split", "VI merge", "AP50", "minutes of training"], rows)]
+    lines = [hardware(), f"FIB-25, test z >= 170; {given.backbone} with weights {given.weights}; at most {given.steps} steps, "
+             f"{given.minutes:g} minutes a model.\n",
+             table(["model", "adapted Rand error", "VI split", "VI merge", "AP50", "minutes of training"], rows)]
     rng = np.random.default_rng(0)
     picks = rng.integers(0, int(np.prod(BLOCKS)), (10_000, int(np.prod(BLOCKS))))
     for a, b in itertools.combinations(results, 2):

@@ -1,10 +1,10 @@
-"""Steps of the context-fusion training: how long with tokens on the fly and stored, and what they take in memory, forecast and measured.
+"""Steps of the context-fusion training: time with tokens on the fly and stored, and their memory, forecast and measured.
 
     python -m benchmarks.volumes_steps [--repeats 5] [--skip-speed] [--skip-memory]
 
-Speed: vits16 (random weights), raw:label voxels 1:4, crops of 64^3, b = 16, the same crops with tokens computed and with tokens given, in
-turn. Memory: peaks (VmHWM) of fresh processes, above the process with the model loaded, of the extraction alone and of a UNet step
-alone, beside the forecast of dinoray.memory.fusion.
+Speed: vits16 (random weights), raw:label voxels 1:4, crops of 64^3, b = 16, the same crops with tokens computed and with tokens
+given, in turn. Memory: peaks (VmHWM) of fresh processes, above the process with the model loaded, of the extraction alone and of a
+UNet step alone, beside the forecast of dinoray.memory.fusion.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def measure(phase: str, base: int, volumes: int, side: int, factor: int) -> None
         forecast = extraction_bytes(shapes, volumes=volumes, slice_batch=32, itemsize=4)
     else:
         model.backbone = None
-        tokens = {p: (np.zeros((config.dim, *(n if a == i else -(-n * factor // config.patch_size) for a, n in enumerate((side,) * 3))),
+        tokens = {p: (np.zeros((config.dim, *(n if a == i else -(-n * factor // config.patch_size)
+                                              for a, n in enumerate((side,) * 3))),
                                np.float32)) for i, p in enumerate(("xy", "xz", "yz"))}
         grids = {p: VoxelGrid(t.shape[1:], *_placed(t.shape[1:], side * NM * factor)) for p, t in tokens.items()}
         crops = [VolumeCrop(c.target_grid, c.raw, c.raw_grid, tokens={p: (tokens[p], grids[p]) for p in tokens}) for c in crops]
@@ -96,7 +97,8 @@ def measure(phase: str, base: int, volumes: int, side: int, factor: int) -> None
         before = rss()
         reset_rss_peak()
         step(model, torch.optim.AdamW(model.unet.parameters()), given)
-        forecast = unet_bytes(shapes, volumes=volumes, base=base, levels=4, parameters=sum(p.numel() for p in model.unet.parameters()),
+        forecast = unet_bytes(shapes, volumes=volumes, base=base, levels=4,
+                              parameters=sum(p.numel() for p in model.unet.parameters()),
                               in_values=factor**3, itemsize=4, checkpointing=False)
     print(json.dumps({"forecast": forecast, "measured": rss_peak() - before, "raw": raw}))
 
@@ -113,8 +115,9 @@ def memory() -> None:
             out = subprocess.run([sys.executable, "-m", "benchmarks.volumes_steps", "--measure", phase, *map(str, settings)],
                                  capture_output=True, text=True, check=True).stdout
             found = json.loads(out.splitlines()[-1])
-            rows.append([f"b={settings[0]}, {settings[1]} volumes, {settings[2]}^3, 1:{settings[3]}", phase, f"{found['forecast'] / 2**20:.0f}",
-                         f"{found['measured'] / 2**20:.0f}", f"{found['forecast'] / found['measured'] - 1:+.0%}"])
+            rows.append([f"b={settings[0]}, {settings[1]} volumes, {settings[2]}^3, 1:{settings[3]}", phase,
+                         f"{found['forecast'] / 2**20:.0f}", f"{found['measured'] / 2**20:.0f}",
+                         f"{found['forecast'] / found['measured'] - 1:+.0%}"])
     print(table(["settings", "phase", "forecast (MiB)", "measured (MiB)", "apart"], rows))
 
 

@@ -70,7 +70,7 @@ def open_source(job: SegmentVolumeJob, voxel_nm: Triple) -> Volume:
 
 
 def context_source(job: SegmentVolumeJob, config: Checkpoint, volume: Volume) -> tuple[Volume, Shape]:
-    """(the level that serves the context, its voxels per pixel): a coarser one where the whole volume is segmented and there is one.
+    """(the level that serves the context, its voxels per pixel): a coarser one if the whole volume is segmented and there is one.
 
     Raises BadRequest where pixels of the context are no multiples of voxels.
     """
@@ -109,8 +109,8 @@ def make_grid(job: SegmentVolumeJob, config: Checkpoint, volume: Volume, *, mult
         dtype, outputs = "uint64", len(config.offsets)
     else:
         dtype, outputs = ("uint8" if len(config.classes) <= 256 else "uint16"), len(config.classes)
-    return PredictionGrid(shape, size, first, volume.voxel_size_nm, factor, window, halo, multiple, job.blend, not has_context, outputs,
-                          job.probability_dtype, dtype, job.block_voxels, job.shard_voxels)
+    return PredictionGrid(shape, size, first, volume.voxel_size_nm, factor, window, halo, multiple, job.blend, not has_context,
+                          outputs, job.probability_dtype, dtype, job.block_voxels, job.shard_voxels)
 
 
 @dataclass(frozen=True)
@@ -152,14 +152,18 @@ class Forecast:
         margins = "blended over" if grid.blend else "without"
         return [f"{what} of {'x'.join(map(str, grid.shape))} voxels of {_nm(grid.voxel_nm)} (z, y, x), "
                 f"{prod(grid.factor)} raw voxel{'' if prod(grid.factor) == 1 else 's'} each",
-                f"{plural(grid.windows_in_all(self.unit_windows), 'window')} of {'x'.join(map(str, grid.window))} voxels, {margins} margins of "
-                f"{'x'.join(map(str, grid.halo))}; {self.amplification:.2f} times those of one unit; output at most "
-                f"{count_bytes(self.output_bytes)}; {count_bytes(self.unit_bytes)} of memory for a unit beside the model"]
+                f"{plural(grid.windows_in_all(self.unit_windows), 'window')} of {'x'.join(map(str, grid.window))} voxels, "
+                f"{margins} margins of {'x'.join(map(str, grid.halo))}; {self.amplification:.2f} times those of one unit; "
+                f"output at most {count_bytes(self.output_bytes)}; "
+                f"{count_bytes(self.unit_bytes)} of memory for a unit beside the model"]
 
 
 def make_forecast(job: SegmentVolumeJob, grid: PredictionGrid, *, instances: bool, values_per_voxel: int) -> Forecast:
-    """The forecast of a job. `values_per_voxel`: values alive at once, per voxel of a window, in the model's forward. Raises BadRequest
-    for output above max_output_bytes and units above memory_bytes."""
+    """The forecast of a job.
+
+    `values_per_voxel`: values alive at once, per voxel of a window, in the model's forward. Raises BadRequest for output above
+    max_output_bytes and units above memory_bytes.
+    """
     window = prod(w if grid.blend else w + 2 * h for w, h in zip(grid.window, grid.halo, strict=True))
     forecast = Forecast(grid, grid.unit_windows(job.unit_windows), instances, job.probabilities, 4 * window * values_per_voxel)
     if job.unit_windows is None:
@@ -167,7 +171,8 @@ def make_forecast(job: SegmentVolumeJob, grid: PredictionGrid, *, instances: boo
             forecast = replace(forecast, unit_windows=forecast.unit_windows - 1)
     if forecast.output_bytes > job.max_output_bytes:
         raise BadRequest(f"the output would have {count_bytes(forecast.output_bytes)} before compression; the limit is "
-                         f"{count_bytes(job.max_output_bytes)}", where="--max-output-bytes", todo="raise the limit, or take a --crop")
+                         f"{count_bytes(job.max_output_bytes)}", where="--max-output-bytes",
+                         todo="raise the limit, or take a --crop")
     if forecast.unit_bytes > job.memory_bytes:
         raise BadRequest(f"a unit needs about {count_bytes(forecast.unit_bytes)} of memory; an actor may take "
                          f"{count_bytes(job.memory_bytes)} beyond the model", where="--memory-bytes",

@@ -1,7 +1,7 @@
 """The plan of a segmented volume: which boxes its units make, stage by stage, and which objects a box owns.
 
 `probabilities` (or at once the `labels` of classes) come from the model. Of affinities, `fragments` are the instances of a block by
-itself, `edges` say which fragments of neighbouring blocks are one, `merge` is the table of all of them, and `labels` is made with it.
+itself, `edges` say which fragments of neighbouring blocks are one, `merge` is the table of all, and `labels` is made with it.
 """
 
 from __future__ import annotations

@@ -39,7 +39,8 @@ def resolve_fusion(job: SegmentVolumeJob) -> Resolved:
                          todo="use a checkpoint as `dinoray train context-fusion` writes it")
     for name, used in (("tokens", config.model.inputs != "raw"), ("context_tokens", config.model.fusion != "none")):
         if getattr(job, name) is not None and not used:
-            raise BadRequest(f"the model looks at no {name.replace('_', ' ')}", where="--" + name.replace("_", "-"), todo="leave it out")
+            raise BadRequest(f"the model looks at no {name.replace('_', ' ')}",
+                             where="--" + name.replace("_", "-"), todo="leave it out")
     if config.target == "classes" and (job.threshold is not None or job.min_voxels or job.instances != "components"):
         raise BadRequest("the checkpoint predicts classes, not instances", where="--threshold, --min-voxels, --instances",
                          todo="leave them out, or use a checkpoint of affinities")
@@ -53,21 +54,22 @@ def resolve_fusion(job: SegmentVolumeJob) -> Resolved:
                                  "threshold": None if config.target == "classes" else job.threshold or config.threshold})
     trained = config.model_dump(mode="json", include={"model", "target", "classes", "offsets", "voxel_nm", "raw_voxel_nm",
                                                       "context_factor", "crop_voxels", "scaling_percents"})
-    stored = {name: tokens_fingerprint(url, name) for name in ("tokens", "context_tokens") if (url := getattr(job, name)) is not None}
+    stored = {name: tokens_fingerprint(url, name)
+              for name in ("tokens", "context_tokens") if (url := getattr(job, name)) is not None}
     settings = {k: v for k, v in job.result_settings().items() if k not in ("tokens", "context_tokens")} | stored
     identity = {"format": FORMAT, "settings": settings, "weights_digest": config.weights_digest, "checkpoint": trained,
                 "numerics": numerics}
     fingerprint = fingerprint_of(identity)
     # no path in here: the same checkpoint from another folder must give the same bytes
-    described = {"fingerprint": fingerprint, "kind": "volume-labels", "weights_digest": config.weights_digest, "precision": precision,
-                 "target": config.target, "classes": list(config.classes), "settings": settings}
+    described = {"fingerprint": fingerprint, "kind": "volume-labels", "weights_digest": config.weights_digest,
+                 "precision": precision, "target": config.target, "classes": list(config.classes), "settings": settings}
     over = "raw voxels" if config.backbone is None else f"{config.backbone.model}"
     rule = f"threshold {job.threshold:g}, {job.instances}" if config.target == "affinities" else f"{len(config.classes)} classes"
     description = (f"{config.target} of {job.checkpoint} over {over}, digest {config.weights_digest[:12]}, {rule}, "
                    f"context {config.model.fusion}, {precision} on {device}")
     facts = {"digest": config.weights_digest, "source": job.checkpoint, "checkpoint": config.model_dump(mode="json")}
-    return Resolved(job, device, identity, {**numerics, "device_kind": used_kind(device)}, fingerprint, config.weights_digest, facts,
-                    described, description, tuple(config.scaling_percents), _stage, (model, config),
+    return Resolved(job, device, identity, {**numerics, "device_kind": used_kind(device)}, fingerprint, config.weights_digest,
+                    facts, described, description, tuple(config.scaling_percents), _stage, (model, config),
                     staged_as=f"{config.weights_digest}-{fingerprint_of(config.model_dump(mode='json'))}")
 
 

@@ -118,8 +118,8 @@ class Session:
         if reason:
             out = shlex.quote(self.job.out)
             again = f"run `dinoray retry {out}`" if self.job.retried else "begin anew in another --out"
-            raise TooManyFailures(reason, where=self.job.out, todo=f"see `dinoray status {out}`; mend the inputs and {again}, or raise "
-                                  "--max-failed-fraction to go on")
+            raise TooManyFailures(reason, where=self.job.out, todo=f"see `dinoray status {out}`; mend the inputs and {again}, "
+                                  "or raise --max-failed-fraction to go on")
 
     def _finish(self, outcome: Outcome) -> Outcome:
         """Summary, verification, `_SUCCESS`, last line."""

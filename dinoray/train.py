@@ -100,7 +100,8 @@ def train(job: TrainingJob, say: Callable[[str], None] = print, *, command: str 
             digest = backbone.digest
             if not (job.weights or "").startswith("random"):
                 weights = staged(job.staging or job.out, digest, partial(store_backbone, backbone))
-        spec = TrainingSpec(job.kind, job.out, fingerprint, job.model_dump(mode="json"), weights or "", digest, inputs, driver.token)
+        spec = TrainingSpec(job.kind, job.out, fingerprint, job.model_dump(mode="json"), weights or "", digest,
+                            inputs, driver.token)
         backbone = None
         with Watch(store, driver.token, say) as watch:
             if job.no_ray:
@@ -125,8 +126,8 @@ def _refuse_idle_statistics(job: TrainingJob) -> None:
     """Raise BadRequest for batch norms on workers that never see a sample: their statistics would be averaged in."""
     workers, parts = 1 if job.no_ray else int(job.workers.split(",")[-1]), -(-job.batch_size // job.micro_batch)
     if getattr(job, "norm", "") == "batch" and workers > parts:
-        raise BadRequest(f"norm=batch needs samples on every worker, and {workers} workers share {plural(parts, 'micro-batch')} of a "
-                         "step", where="workers", todo="use norm=layer, fewer workers, or a smaller micro_batch")
+        raise BadRequest(f"norm=batch needs samples on every worker, and {workers} workers share {plural(parts, 'micro-batch')} of "
+                         "a step", where="workers", todo="use norm=layer, fewer workers, or a smaller micro_batch")
 
 
 def _notes(job: TrainingJob) -> list[str]:

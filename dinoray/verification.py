@@ -189,8 +189,8 @@ def _check_deep(store: Store, parts: list[Generation], known: set[str]) -> list[
         for part, replaced in zip(parts, newer, strict=True):
             pairs = zip(part.plan.units(), part.ledger.receipts(part.plan.unit_ids), strict=True)
             while some := list(islice(pairs, 64)):  # `map` takes all it is given at once, and a plan may be large
-                results = pool.map(lambda pair, facts=part.plan.facts, replaced=replaced: _deep_unit(store, *pair, facts, replaced, known),
-                                   some)
+                results = pool.map(lambda pair, facts=part.plan.facts, replaced=replaced:
+                                   _deep_unit(store, *pair, facts, replaced, known), some)
                 for (unit, _), (found, quarantined) in zip(some, results, strict=True):
                     problems += found
                     if part.kind == "retry" and not known:  # else what was quarantined may be what is missing
@@ -275,7 +275,8 @@ def _keys_of(facts: dict[str, Any]) -> Callable[[str], Iterable[str]]:
     """What tells the objects that an item of a volume's plan owns."""
     if facts["kind"] == "volume-labels":
         labels = PredictionGrid.read(facts["grid"])
-        return lambda item_id: object_keys(labels, Slab.read(item_id), instances=facts["instances"], probabilities=facts["probabilities"])
+        return lambda item_id: object_keys(labels, Slab.read(item_id),
+                                           instances=facts["instances"], probabilities=facts["probabilities"])
     grid = VolumeGrid.read(facts["grid"])
     return lambda item_id: shard_keys(grid, Slab.read(item_id))
 

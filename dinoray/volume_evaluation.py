@@ -1,7 +1,7 @@
 """How good are the labels of a volume? Two label volumes -> scores, block by block, so that neither need fit in memory.
 
-Both are placed by their own voxel sizes and translations in nm; they must lie on one grid. What the prediction does not cover counts
-as background, unless only a region is asked for. Definitions: docs/evaluation.md.
+Both are placed by their own voxel sizes and translations in nm; they must lie on one grid. What the prediction does not cover
+counts as background, unless only a region is asked for. Definitions: docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class VolumeEvaluation:
         lines = [f"{self.voxels:,} voxels with ground truth"]
         for score in self.classes:
             if score.true_voxels or score.predicted_voxels:
-                lines.append(f"{score.name:<16} IoU {score.iou:.3f}  Dice {score.dice:.3f}  precision {score.precision:.3f}  recall "
-                             f"{score.recall:.3f}  {score.true_voxels:,} true, {score.predicted_voxels:,} predicted voxels")
+                lines.append(f"{score.name:<16} IoU {score.iou:.3f}  Dice {score.dice:.3f}  precision {score.precision:.3f}  "
+                             f"recall {score.recall:.3f}  {score.true_voxels:,} true, {score.predicted_voxels:,} predicted voxels")
             else:
                 lines.append(f"{score.name:<16} occurs neither in the truth nor in the prediction")
         if self.classes:
@@ -63,7 +63,8 @@ class VolumeEvaluation:
         found = self.instances
         if found is not None:
             lines.append(f"{self.true_objects:,} true objects, {self.predicted_objects:,} predicted ones")
-            lines.append(f"adapted Rand error {found.rand_error:.4f} (precision {found.rand_precision:.4f}, recall {found.rand_recall:.4f})")
+            lines.append(f"adapted Rand error {found.rand_error:.4f} (precision {found.rand_precision:.4f}, "
+                         f"recall {found.rand_recall:.4f})")
             lines.append(f"variation of information {found.vi:.4f} bit: split {found.vi_split:.4f}, merge {found.vi_merge:.4f}")
             lines.append(f"AP at IoU 0.5 {self.ap50:.4f}")
         return lines
@@ -110,7 +111,8 @@ def evaluate_volume(pred: Volume, truth: Volume, *, classes: Sequence[str] = (),
     shift = _shift(pred, truth)
     box = region or tuple((0, n) for n in truth.shape)
     if any(not 0 <= a < b <= n for (a, b), n in zip(box, truth.shape, strict=True)):
-        raise BadRequest(f"a region of {box} in a volume of {truth.shape} voxels", where="--region", todo="choose a box inside the truth")
+        raise BadRequest(f"a region of {box} in a volume of {truth.shape} voxels", where="--region",
+                         todo="choose a box inside the truth")
     overlap = [min(b, s + n) - max(a, s) for (a, b), s, n in zip(box, shift, pred.shape, strict=True)]
     if min(overlap) <= 0:
         raise BadRequest("the prediction and the region of the truth do not meet", where=pred.ref.uri,
@@ -135,8 +137,8 @@ def evaluate_volume(pred: Volume, truth: Volume, *, classes: Sequence[str] = (),
     if classes:
         return VolumeEvaluation(voxels, class_scores(table, list(classes)), settings=settings or {})
     overlaps = pairs.overlaps()
-    return VolumeEvaluation(voxels, [], instance_score(pairs), average_precision(pairs), len(overlaps.truth_ids), len(overlaps.pred_ids),
-                            settings or {})
+    return VolumeEvaluation(voxels, [], instance_score(pairs), average_precision(pairs), len(overlaps.truth_ids),
+                            len(overlaps.pred_ids), settings or {})
 
 
 def _shift(pred: Volume, truth: Volume) -> Shape:
@@ -144,7 +146,8 @@ def _shift(pred: Volume, truth: Volume) -> Shape:
     for name, volume in (("prediction", pred), ("truth", truth)):
         if any(abs(a - b) > 0.01 * b for a, b in zip(volume.voxel_size_nm, truth.voxel_size_nm, strict=True)):
             raise BadRequest(f"the {name} has voxels of {pred.voxel_size_nm} nm, the truth of {truth.voxel_size_nm} nm",
-                             where=volume.ref.uri, todo="choose levels by --pred-voxel-size and --truth-voxel-size, or resample one")
+                             where=volume.ref.uri,
+                             todo="choose levels by --pred-voxel-size and --truth-voxel-size, or resample one")
     apart = [(a - b) / r for a, b, r in zip(pred.translation_nm, truth.translation_nm, truth.voxel_size_nm, strict=True)]
     if any(abs(a - round(a)) > 0.1 for a in apart):
         raise BadRequest(f"the prediction lies {', '.join(f'{a:.2f}' for a in apart)} voxels (z, y, x) beside the truth",
@@ -166,7 +169,8 @@ def _read(volume: Volume, start: Shape, stop: Shape, shift: Shape) -> np.ndarray
         try:
             values = volume.read(*(slice(a - s, b - s) for a, b, s in zip(low, high, shift, strict=True)))
         except ItemError as error:
-            raise BadRequest(f"labels cannot be read: {error.what}", where=error.where, todo="mend the file, or choose a --region") from error
+            raise BadRequest(f"labels cannot be read: {error.what}", where=error.where,
+                             todo="mend the file, or choose a --region") from error
         if values.dtype == np.uint64 and values.size and int(values.max()) >= 2**63:
             raise BadRequest("labels above 2^63", where=volume.ref.uri, todo="renumber them")
         found[tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start, strict=True))] = values

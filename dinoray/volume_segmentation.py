@@ -94,8 +94,8 @@ def _exactness(grid: PredictionGrid, job: SegmentVolumeJob, config: Any, radius:
         return "tokens are computed window by window: a block differs a little from the whole volume"
     if all(grid.lattice(a).count == 1 or (grid.halo[a] >= radius and not grid.blend) for a in range(3)):
         return f"receptive radius {radius} voxels: blocks give exactly what the whole volume gives"
-    return f"receptive radius {radius} voxels, margins {'x'.join(map(str, grid.halo))}: with --halo-voxels of {radius} or more and --no-blend " \
-        "blocks would give what the whole volume gives"
+    return f"receptive radius {radius} voxels, margins {'x'.join(map(str, grid.halo))}: with --halo-voxels of {radius} or more " \
+        "and --no-blend blocks would give what the whole volume gives"
 
 
 def seal_segmentation(session: Session, volume: Volume, config: Any, forecast: Forecast, inputs: list[list[Any]]) -> Plan:

@@ -51,10 +51,11 @@ def open_tokens(url: str, *, digest: str, raw_voxel_nm: Triple, name: str, limit
     grid, settings = VolumeGrid.read(facts["grid"]), identity["settings"]
     where, todo = f"{name}: {url}", "extract the tokens anew with the same backbone and settings, or leave them out"
     if identity["weights_digest"] != digest:
-        raise BadRequest(f"the stored tokens are of other weights (digest {identity['weights_digest'][:12]}, the model has {digest[:12]})",
-                         where=where, todo=todo)
+        raise BadRequest(f"the stored tokens are of other weights (digest {identity['weights_digest'][:12]}, "
+                         f"the model has {digest[:12]})", where=where, todo=todo)
     if any(abs(a - b) > 1e-3 * b for a, b in zip(grid.voxel_nm, raw_voxel_nm, strict=True)):
-        raise BadRequest(f"the stored tokens were made of voxels of {grid.voxel_nm} nm, not of {raw_voxel_nm} nm", where=where, todo=todo)
+        raise BadRequest(f"the stored tokens were made of voxels of {grid.voxel_nm} nm, not of {raw_voxel_nm} nm",
+                         where=where, todo=todo)
     wanted = tuple(NORMAL) if max(raw_voxel_nm) <= 3 * min(raw_voxel_nm) else ("xy",)
     if grid.planes != wanted:
         raise BadRequest(f"the stored tokens are of the planes {', '.join(grid.planes)}, the model looks at {', '.join(wanted)}",
@@ -62,7 +63,8 @@ def open_tokens(url: str, *, digest: str, raw_voxel_nm: Triple, name: str, limit
     if settings["layer"] is not None or settings["scaling"] == "slice" or settings["foreground"] is not None:
         raise BadRequest("the stored tokens are of another layer, of slices scaled one by one, or of the foreground alone",
                          where=where, todo="extract without --layer, --scaling slice and --foreground")
-    if limits is not None and any(abs(a - b) > APART[name] * (limits[1] - limits[0]) for a, b in zip(facts["limits"], limits, strict=True)):
-        raise BadRequest(f"the stored tokens were made with intensities {facts['limits'][0]:g}..{facts['limits'][1]:g} as 0..1, the "
-                         f"others are {limits[0]:g}..{limits[1]:g}", where=where, todo=todo)
+    if limits is not None and any(abs(a - b) > APART[name] * (limits[1] - limits[0])
+                                  for a, b in zip(facts["limits"], limits, strict=True)):
+        raise BadRequest(f"the stored tokens were made with intensities {facts['limits'][0]:g}..{facts['limits'][1]:g} as 0..1, "
+                         f"the others are {limits[0]:g}..{limits[1]:g}", where=where, todo=todo)
     return StoredTokens(store, grid)

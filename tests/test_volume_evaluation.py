@@ -59,11 +59,13 @@ def test_a_prediction_of_a_part_is_placed_by_its_translation(tmp_path) -> None:
             evaluate_volume(pred, true, region=((0, 5), (0, 5), (0, 5)))
 
 
-@pytest.mark.parametrize(("size", "place", "message"), [((16.0,) * 3, (8.0,) * 3, "voxels of"), ((8.0,) * 3, (4.0, 4.0, 7.0), "beside the truth")])
+@pytest.mark.parametrize(("size", "place", "message"), [((16.0,) * 3, (8.0,) * 3, "voxels of"),
+                                                        ((8.0,) * 3, (4.0, 4.0, 7.0), "beside the truth")])
 def test_grids_that_do_not_fit_are_refused(tmp_path, size, place, message) -> None:
     labels = blobs((20, 20, 20))
     with open_labels(str(write_volume(tmp_path / "p.zarr", labels, size, place))) as pred, \
-            open_labels(str(write_volume(tmp_path / "t.zarr", labels, (8.0,) * 3))) as truth, pytest.raises(BadRequest, match=message):
+            open_labels(str(write_volume(tmp_path / "t.zarr", labels, (8.0,) * 3))) as truth, \
+            pytest.raises(BadRequest, match=message):
         evaluate_volume(pred, truth)
 
 

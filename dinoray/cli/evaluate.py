@@ -98,12 +98,13 @@ def volume(
     unknown: Annotated[int | None, typer.Option("--unknown", help="Label of the truth where nothing is known.")] = None,
     pred_dataset: Annotated[str | None, typer.Option("--pred-dataset", help="Path of the array inside --pred.")] = None,
     truth_dataset: Annotated[str | None, typer.Option("--truth-dataset", help="Path of the array inside --truth.")] = None,
-    pred_voxel_size: Annotated[str | None, typer.Option("--pred-voxel-size", help="Level of --pred in nm (n, or z,y,x), or its voxel "
-                                                        "size where it states none.")] = None,
+    pred_voxel_size: Annotated[str | None, typer.Option("--pred-voxel-size", help="Level of --pred in nm (n, or z,y,x), or its "
+                                                        "voxel size where it states none.")] = None,
     truth_voxel_size: Annotated[str | None, typer.Option("--truth-voxel-size", help="The same of --truth.")] = None,
     out: Annotated[str | None, typer.Option("--out", help="Folder or URL for evaluation.json.")] = None,
 ) -> None:
-    """Of classes IoU, Dice, precision and recall; of instances adapted Rand error, variation of information, AP (docs/evaluation.md)."""
+    """Of classes IoU, Dice, precision and recall; of instances adapted Rand error, variation of information, AP
+    (docs/evaluation.md)."""
     from dinoray.config.volume_labels import box_of
     from dinoray.io.stores import open_store
     from dinoray.volume_evaluation import evaluate_volume, open_labels

@@ -15,5 +15,6 @@ from dinoray.config.volume_segmentation import SegmentVolumeJob
 from dinoray.config.volumes import ExtractVolumeJob
 
 __all__ = ["EXECUTION_FIELDS", "CollectionJob", "ExtractCellsJob", "ExtractImagesJob", "ExtractJob", "ExtractVolumeJob",
-           "FeatureJob", "SegmentCellsJob", "SegmentVolumeJob", "TrainContextFusionJob", "TrainDistanceMapJob", "TrainingJob", "UnitJob",
-           "build_job", "canonical_json", "channel_groups", "read_job_file", "recorded_job", "recorded_model", "secret_in_url", "without_secrets"]
+           "FeatureJob", "SegmentCellsJob", "SegmentVolumeJob", "TrainContextFusionJob", "TrainDistanceMapJob", "TrainingJob",
+           "UnitJob", "build_job", "canonical_json", "channel_groups", "read_job_file", "recorded_job", "recorded_model",
+           "secret_in_url", "without_secrets"]

@@ -57,8 +57,8 @@ class TrainContextFusionJob(TrainingJob):
     validation: tuple[LabelledVolume, ...] = Field(min_length=1)
     """Regions of the validation: other volumes, or parts that share no voxel with `train`, contexts included."""
     memory_level: Literal["24gb", "16gb", "12gb", "cpu"] | None = None
-    """Settings that fit a card (or a small machine), for the fields that the job does not give: micro_batch, base_channels, crop_voxels,
-    precision, model, slice_batch, gradient_checkpointing."""
+    """Settings that fit a card (or a small machine), for the fields that the job does not give: micro_batch, base_channels,
+    crop_voxels, precision, model, slice_batch, gradient_checkpointing."""
     target: Literal["classes", "affinities"] = "classes"
     """What is predicted: a class for each voxel, or whether voxels belong to one instance."""
     classes: tuple[str, ...] = ("background", "object")

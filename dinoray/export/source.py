@@ -110,7 +110,8 @@ def open_source(url: str, *, partial: bool = False) -> Source:
         raise BadRequest("these are features of a volume: boxes, not a table of rows", where=url, todo="read boxes of them with "
                          "dinoray.open_features(OUT)[z0:z1, y0:y1, x0:x1] in Python, or open OUT/dense/*.zarr")
     if plan.facts.get("kind") == "volume-labels":
-        raise BadRequest("this is a segmented volume: labels, not profiles", where=url, todo="open OUT/labels.zarr, in napari or zarr")
+        raise BadRequest("this is a segmented volume: labels, not profiles", where=url,
+                         todo="open OUT/labels.zarr, in napari or zarr")
     if plan.facts.get("kind") == "cell-masks":
         raise BadRequest("this is a segmentation: masks and a table of cells, not profiles", where=url,
                          todo="read its Parquet files in OUT/cells, or dinoray.open_features(OUT).table() in Python")

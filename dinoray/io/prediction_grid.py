@@ -29,8 +29,11 @@ PROBABILITIES, FRAGMENTS, EDGES, MERGE, LABELS = "probabilities", "fragments", "
 
 @dataclass(frozen=True)
 class PredictionGrid:
-    """A volume and how it is predicted. `shape`, `voxel_nm`, `translation_nm` (centre of the first voxel) are of the predicted voxels,
-    `raw_voxel_nm`, `factor` of the raw ones; `window`, `halo` in predicted voxels, multiples of `multiple`."""
+    """A volume and how it is predicted.
+
+    `shape`, `voxel_nm`, `translation_nm` (centre of the first voxel) are of the predicted voxels, `raw_voxel_nm`, `factor` of the
+    raw ones; `window`, `halo` in predicted voxels, multiples of `multiple`.
+    """
 
     shape: Shape
     voxel_nm: Triple
@@ -162,13 +165,15 @@ def boxes(shape: Shape, size: Shape) -> list[tuple[Shape, Shape]]:
 
 
 def make_windows(shape: Shape, window: Shape, halo: Shape, multiple: int, *, shrink: bool) -> tuple[Shape, Shape]:
-    """(window, halo) that fit together; with `shrink`, multiples of `multiple`, and no wider than one window over the whole axis needs to
-    be. Raises BadRequest."""
+    """(window, halo) that fit together. Raises BadRequest.
+
+    With `shrink`, multiples of `multiple`, and no wider than one window over the whole axis needs to be.
+    """
     windows, halos = [], []
     for n, w, h in zip(shape, window, halo, strict=True):
         if shrink and (w % multiple or h % multiple):
-            raise BadRequest(f"windows of {w} voxels with margins of {h}: both must be multiples of {multiple}, which the UNet pools by",
-                             where="--window-voxels", todo=f"use multiples of {multiple}")
+            raise BadRequest(f"windows of {w} voxels with margins of {h}: both must be multiples of {multiple}, "
+                             "which the UNet pools by", where="--window-voxels", todo=f"use multiples of {multiple}")
         if w < max(2, 4 * h):
             raise BadRequest(f"windows of {w} voxels with margins of {h} on each side", where="--halo-voxels",
                              todo="a window is at least 4 times its margin")

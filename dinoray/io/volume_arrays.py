@@ -1,9 +1,9 @@
 """The stored arrays of a volume's features: Zarr v3 with shards, placed in nm by OME-Zarr 0.5. Nothing here reads values.
 
-An array `OUT/dense/<name>.zarr` is [channel, z, y, x]; labels are `OUT/labels.zarr`, [z, y, x], which OME-Zarr calls an image-label.
-Metadata are put once, by the driver, and compared on resume; a shard is one object that one unit encodes in memory and puts whole,
-so that it is never half written. An element that nobody computed reads as the fill value, NaN, or 0 of integers: an absent shard,
-and what lies in a shard beyond the array's end.
+An array `OUT/dense/<name>.zarr` is [channel, z, y, x]; labels are `OUT/labels.zarr`, [z, y, x], which OME-Zarr calls an
+image-label. Metadata are put once, by the driver, and compared on resume; a shard is one object that one unit encodes in memory and
+puts whole, so that it is never half written. An element that nobody computed reads as the fill value, NaN, or 0 of integers: an
+absent shard, and what lies in a shard beyond the array's end.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ def _encode(spec: ArraySpec, shape: tuple[int, ...], values: np.ndarray | None) 
     lead = () if spec.name == LABELS else (spec.dim,)
     target = zarr.create_array(
         MemoryStore(memory), shape=shape, dtype=spec.dtype, chunks=(*lead, *spec.chunks), shards=(*lead, *spec.shards),
-        fill_value=fill_value(spec), dimension_names=AXES[1 - len(lead):], compressors=zarr.codecs.ZstdCodec(level=1, checksum=True),
-        config={"write_empty_chunks": True})
+        fill_value=fill_value(spec), dimension_names=AXES[1 - len(lead):],
+        compressors=zarr.codecs.ZstdCodec(level=1, checksum=True), config={"write_empty_chunks": True})
     if values is not None:
         target[:] = values
     return {key: value.to_bytes() for key, value in memory.items()}

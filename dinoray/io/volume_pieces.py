@@ -69,8 +69,11 @@ def whole_ratio(coarse: Triple, fine: Triple) -> Shape | None:
 
 @dataclass(frozen=True)
 class ContextBox:
-    """Where the pixels of a context lie: `first` voxel of the level and how many `counts` of them along each axis; `corner_nm` is the
-    centre of the first pixel, `inside` which pixels hold some of the volume."""
+    """Where the pixels of a context lie.
+
+    `first` voxel of the level and how many `counts` of them along each axis; `corner_nm` is the centre of the first pixel, `inside`
+    which pixels hold some of the volume.
+    """
 
     first: Shape
     counts: Shape
@@ -79,8 +82,10 @@ class ContextBox:
 
 
 def context_box(level: Volume, factor: Shape, centre_nm: Triple, shape: Shape) -> ContextBox:
-    """`shape` pixels around a place, each of `factor` voxels of `level`. The middle of the box is within half a voxel of the level of the
-    place. Nothing is read."""
+    """`shape` pixels around a place, each of `factor` voxels of `level`. Nothing is read.
+
+    The middle of the box is within half a voxel of the level of the place.
+    """
     counts = tuple(n * f for n, f in zip(shape, factor, strict=True))
     first = tuple(round((c - t) / r - (n - 1) / 2) for c, t, r, n
                   in zip(centre_nm, level.translation_nm, level.voxel_size_nm, counts, strict=True))
@@ -92,7 +97,10 @@ def context_box(level: Volume, factor: Shape, centre_nm: Triple, shape: Shape) -
 
 
 def context_values(source: Readable, box: ContextBox, factor: Shape) -> np.ndarray:
-    """The pixels of a context: means of voxels (float32), or the voxels themselves where a pixel is one. Raises what `source` raises."""
+    """The pixels of a context: means of voxels (float32), or the voxels themselves where a pixel is one.
+
+    Raises what `source` raises.
+    """
     values = source.read(box.first, box.counts).values
     if max(factor) == 1:
         return values

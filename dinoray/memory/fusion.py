@@ -45,7 +45,7 @@ class CropShapes:
 
 
 def extraction_bytes(shapes: CropShapes, *, volumes: int, slice_batch: int, itemsize: int, crops: int = 1) -> int:
-    """Peak of the extraction beside the model: raw voxels, one plane's slices, the tokens so far, the forward of `slice_batch` slices.
+    """Peak of the extraction beside the model: raw voxels, one plane's slices, tokens so far, the forward of `slice_batch` slices.
 
     `crops`: 2 with a context (whose tokens join those of the crop). `itemsize`: bytes of a value in the backbone.
     """
@@ -63,10 +63,10 @@ def extraction_bytes(shapes: CropShapes, *, volumes: int, slice_batch: int, item
 
 def unet_bytes(shapes: CropShapes, *, volumes: int, base: int, levels: int, parameters: int, in_values: int, itemsize: int,
                checkpointing: bool, token_grids: int = 1) -> int:
-    """Peak of a step beside the backbone: parameters with gradients and moments, what the backward needs, and what is alive besides.
+    """Peak of a step beside the backbone: parameters with gradients and moments, what the backward needs, and what else is alive.
 
-    `in_values`: values per label voxel of the inputs on the label grid; `itemsize`: of activations (2 under autocast); `token_grids`:
-    projected tokens on the label grid that are kept (own tokens, and each level of the gate).
+    `in_values`: values per label voxel of the inputs on the label grid; `itemsize`: of activations (2 under autocast);
+    `token_grids`: projected tokens on the label grid that are kept (own tokens, and each level of the gate).
     """
     multiple = 2**levels
     voxels = volumes * prod(ceil(n / multiple) * multiple for n in shapes.crop)

@@ -32,7 +32,8 @@ def render_fusion(store: Store) -> str:
         job = TrainContextFusionJob(**record["job"])
         head = _head(store, record, job)
     except (ValidationError, KeyError, TypeError) as error:
-        raise OutputDamaged(f"the record of the job cannot be read: {error!r}"[:300], where=where, todo="restore it from a copy") from error
+        raise OutputDamaged(f"the record of the job cannot be read: {error!r}"[:300], where=where,
+                            todo="restore it from a copy") from error
     history = read_history(store)
     checkpoint = read_json(store, "checkpoint/config.json")
     figures = [(name.removeprefix("validation_").replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(value))
@@ -46,22 +47,26 @@ def _head(store: Store, record: dict[str, Any], job: TrainContextFusionJob) -> d
     speeds = [row["samples_per_s"] for row in read_history(store) if row.get("samples_per_s")]
     settings = [(name, json.dumps(value)) for name, value in identity["settings"].items()
                 if name in TrainContextFusionJob.model_fields and name not in ("device", "precision") and value != _default(name)]
-    shares = [(what, progress[key]) for what, key in (("extraction", "extraction_share"), ("waiting for samples", "wait_share")) if key in progress]
+    shares = [(what, progress[key])
+              for what, key in (("extraction", "extraction_share"), ("waiting for samples", "wait_share")) if key in progress]
     return {"model": identity["model"] or "none", "digest": identity["weights_digest"] or "", "weights": job.weights or "official",
             "random": (job.weights or "").startswith("random") and job.uses_backbone, "fingerprint": record["fingerprint"],
-            "command": record["command"], "out": store.url, "step": int(progress.get("step", 0)), "steps": int(progress.get("steps", job.steps)),
+            "command": record["command"], "out": store.url, "step": int(progress.get("step", 0)),
+            "steps": int(progress.get("steps", job.steps)),
             "ended": progress.get("ended") or "", "seconds": progress.get("seconds"),
             "complete": bool(progress.get("ended")) and store.exists("checkpoint/config.json"),
             "speed": float(np.median(speeds)) if speeds else None, "best_step": progress.get("best_step"),
             "best_loss": progress.get("best_loss") if progress.get("best_step") else None, "settings": settings, "shares": shares,
             "batch": job.batch_size, "crop": " × ".join(map(str, job.crop_shape)), "precision": job.precision, "device": job.device,
-            "workers": "in one process" if job.no_ray else f"{job.workers} on Ray Train", "inputs": job.inputs, "fusion": job.fusion,
-            "target": job.target}
+            "workers": "in one process" if job.no_ray else f"{job.workers} on Ray Train", "inputs": job.inputs,
+            "fusion": job.fusion, "target": job.target}
 
 
 def _default(name: str) -> Any:
     default = TrainContextFusionJob.model_fields[name].get_default(call_default_factory=True)
-    return json.loads(default.model_dump_json()) if hasattr(default, "model_dump_json") else list(default) if isinstance(default, tuple) else default
+    if hasattr(default, "model_dump_json"):
+        return json.loads(default.model_dump_json())
+    return list(default) if isinstance(default, tuple) else default
 
 
 def _charts(history: list[dict[str, float | None]], head: dict[str, Any]) -> list[Chart]:
@@ -84,6 +89,7 @@ def _charts(history: list[dict[str, float | None]], head: dict[str, Any]) -> lis
 
 def _sources(job: TrainContextFusionJob) -> list[tuple[str, str]]:
     rows = [(name, source) for name, sources in (("train", job.train), ("validation", job.validation)) for source in sources]
-    shown = [(name, f"{source.raw} [{source.region or 'all'}], labels {source.labels}" + (f", tokens {source.tokens}" if source.tokens else ""))
+    shown = [(name, f"{source.raw} [{source.region or 'all'}], labels {source.labels}"
+              + (f", tokens {source.tokens}" if source.tokens else ""))
              for name, source in rows[:SOURCES_LISTED]]
     return shown + ([("", f"and {len(rows) - SOURCES_LISTED} more")] if len(rows) > SOURCES_LISTED else [])

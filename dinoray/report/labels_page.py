@@ -23,7 +23,8 @@ from dinoray.runners.volume_blocks import table
 from dinoray.volume_planning import nm
 
 LABELS = Wording("block", (
-    ("read", "Read", "layers of voxels from storage, decoded", "decode"), ("compute", "Compute", "windows to probabilities", "compute"),
+    ("read", "Read", "layers of voxels from storage, decoded", "decode"),
+    ("compute", "Compute", "windows to probabilities", "compute"),
     ("write", "Write", "encode shards, store, commit", "write")))
 MOST_BLOCKS = 4096
 """Blocks whose instances are counted for the page, at most."""
@@ -61,12 +62,14 @@ def _head(run: Run, grid: PredictionGrid) -> dict[str, Any]:
     described, settings, weights = facts["described"], run.settings, run.job["weights"]
     checkpoint = weights["checkpoint"]
     backbone = checkpoint["backbone"]
-    rule = f"affinities above {facts['threshold']:g}, " + {"components": "connected components", "mutex": "mutex watershed"}[settings["instances"]] \
-        if facts["instances"] else "the most probable class"
+    rule = (f"affinities above {facts['threshold']:g}, "
+            + {"components": "connected components", "mutex": "mutex watershed"}[settings["instances"]]
+            if facts["instances"] else "the most probable class")
     base = {
-        "fingerprint": described["fingerprint"], "sources": run.job["job"]["sources"], "out": run.store.url, "num_units": run.num_units,
-        "complete": run.tally.units == run.num_units, "command": run.job["command"], "digest": weights["digest"],
-        "weights": weights["source"], "precision": described["precision"], "device": facts["numerics"]["device_kind"]}
+        "fingerprint": described["fingerprint"], "sources": run.job["job"]["sources"], "out": run.store.url,
+        "num_units": run.num_units, "complete": run.tally.units == run.num_units,
+        "command": run.job["command"], "digest": weights["digest"], "weights": weights["source"],
+        "precision": described["precision"], "device": facts["numerics"]["device_kind"]}
     return base | {
         "classes": checkpoint["classes"], "shape": " × ".join(map(str, grid.shape)), "voxel": nm(grid.voxel_nm),
         "raw_voxel": nm(grid.raw_voxel_nm), "rule": rule, "backbone": "none" if backbone is None else backbone["model"],

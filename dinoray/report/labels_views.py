@@ -68,8 +68,8 @@ def draw_planes(store: Store, grid: PredictionGrid, job: SegmentVolumeJob, versi
             spans = [(start[a] * grid.voxel_nm[a], stop[a] * grid.voxel_nm[a]) for a in axes]
             sure = _placed(_gray(probabilities, start, stop, normal, classes), grid.labels, start, axes)
             view = View(name, axes, (middle[normal] + 0.5) * grid.voxel_nm[normal], spans[0], spans[1],
-                        all(stop[a] - start[a] == grid.shape[a] for a in axes), _placed(colours(plane, classes), grid.labels, start, axes),
-                        sure, known=1.0)
+                        all(stop[a] - start[a] == grid.shape[a] for a in axes),
+                        _placed(colours(plane, classes), grid.labels, start, axes), sure, known=1.0)
             add_raw(view, source, raw_grid, limits)  # type: ignore[arg-type]
             place = (corner[axes[0]], corner[axes[1]])
             cuts = tuple((middle[a] + 0.5) * grid.voxel_nm[a] for a in axes)
@@ -78,7 +78,8 @@ def draw_planes(store: Store, grid: PredictionGrid, job: SegmentVolumeJob, versi
             panels.append(("labels", panel(view, ("fused",), place, None if has_raw else cuts)))  # type: ignore[arg-type]
             panels += [("both", panel(view, ("raw", "fused"), place))] if has_raw else []
             if probabilities is not None:
-                panels.append(("probability of the label" if classes else "affinity, mean of the directions", panel(view, ("tokens",), place)))
+                panels.append(("probability of the label" if classes else "affinity, mean of the directions",
+                               panel(view, ("tokens",), place)))
             found.append(DrawnPlane(view, define(view), panels, "zyx"[normal], corner[normal] + view.at_nm))
     return found
 

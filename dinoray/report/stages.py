@@ -176,7 +176,8 @@ def _units_are_tiny(totals: StageTotals, job: dict[str, Any]) -> bool:
 def _coarse(totals: StageTotals, idle: float, job: dict[str, Any]) -> Verdict:
     workers = len(totals.workers)
     wanted = max(1, totals.items // (UNITS_PER_WORKER * workers))
-    smaller = ("A smaller `--unit-planes`" if "voxel_size" in job else "A smaller `--unit-windows`") if _of_volume(job) else f"`--unit-items {wanted}`"
+    smaller = (("A smaller `--unit-planes`" if "voxel_size" in job else "A smaller `--unit-windows`") if _of_volume(job)
+               else f"`--unit-items {wanted}`")
     return Verdict(UNITS, f"The size of the units limits this run: {totals.units:,} units for {workers:,} workers left them "
                    f"without work for {idle:.0%} of the longest one's time, on average.",
                    f"{smaller} with a new `--out`: about {UNITS_PER_WORKER} units for each worker. (Workers that "

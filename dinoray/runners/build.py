@@ -129,11 +129,12 @@ def _build_volume_labels(spec: RunnerSpec, job: Any, plan: Plan, ledger: Ledger,
         loaded = load_fusion(folder, weights=f"{folder}/backbone" if spec.weights else job.weights, device=device,
                              backbone_dtype=getattr(torch, numerics["precision"]), accept_license=job.accept_dinov3_license)
         if loaded[1].weights_digest != spec.digest:
-            raise WeightsError(f"the staged checkpoint has the digest {loaded[1].weights_digest[:12]}, the plan says {spec.digest[:12]}",
-                               where=folder, todo="delete the staged folder and run the same command again")
+            raise WeightsError(f"the staged checkpoint has the digest {loaded[1].weights_digest[:12]}, "
+                               f"the plan says {spec.digest[:12]}", where=folder,
+                               todo="delete the staged folder and run the same command again")
     model, config = loaded
-    return VolumeLabelRunner(job, plan, ledger, model, config, reader=open_reader(job, config, plan.facts), decode_threads=spec.decode_threads,
-                             compute_threads=spec.compute_threads)
+    return VolumeLabelRunner(job, plan, ledger, model, config, reader=open_reader(job, config, plan.facts),
+                             decode_threads=spec.decode_threads, compute_threads=spec.compute_threads)
 
 
 def _load(spec: RunnerSpec, numerics: dict[str, Any]) -> Any:

@@ -1,5 +1,7 @@
-"""From stored affinities to instances of a whole volume, block by block: what a block holds by itself (fragments), which fragments of
-neighbouring blocks are one (edges), which instance each fragment belongs to (merge).
+"""From stored affinities to instances of a whole volume, block by block.
+
+What a block holds by itself (fragments), which fragments of neighbouring blocks are one (edges), which instance each fragment
+belongs to (merge).
 
 With connected components the result is that of the whole volume up to the ids: a pair of voxels is looked at in one place only,
 inside a block or at the face between two.
@@ -40,7 +42,8 @@ def table(store: Store, key: str) -> np.ndarray:
                             todo="delete the receipt of its unit and run the same command again: it is made anew") from error
 
 
-def fragments_of(values: np.ndarray, before: Sequence[int], after: Sequence[bool], threshold: float, offsets: Sequence[Offset], kind: str) -> np.ndarray:
+def fragments_of(values: np.ndarray, before: Sequence[int], after: Sequence[bool], threshold: float,
+                 offsets: Sequence[Offset], kind: str) -> np.ndarray:
     """Fragments uint32 [z, y, x], 1.., of a block from affinities [A, z, y, x] in 0..1, which also hold `before` (0 or 1) planes
     of the blocks before it along each axis; `after`: whether there is a block behind it.
 
@@ -90,7 +93,10 @@ def edges_between(low: np.ndarray, high: np.ndarray, values: np.ndarray, thresho
 
 def block_edges(grid: PredictionGrid, start: Shape, stop: Shape, fragments: Read, affinities: Read, threshold: float, kind: str
                 ) -> np.ndarray:
-    """Edges int64 [n, 3] of a block with the blocks after it: axis, own fragment, the neighbour's. Raises what the readers raise."""
+    """Edges int64 [n, 3] of a block with the blocks after it: axis, own fragment, the neighbour's.
+
+    Raises what the readers raise.
+    """
     found = [np.zeros((0, 3), np.int64)]
     for axis in range(3):
         if stop[axis] == grid.shape[axis]:

@@ -1,7 +1,7 @@
 """Units of a segmented volume: probabilities from the model, and instances made of them block by block.
 
-A window goes through the model by itself, on one thread, and the sums over windows are in the order of the lattice: outputs are equal
-byte for byte however the volume is cut into units. A shard is written whole by the one unit that covers it.
+A window goes through the model by itself, on one thread, and the sums over windows are in the order of the lattice: outputs are
+equal byte for byte however the volume is cut into units. A shard is written whole by the one unit that covers it.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ class VolumeLabelRunner(UnitRunner):
             after = [b < n for b, n in zip(box.stop, self.grid.shape, strict=True)]
             return fragments_of(values, before, after, self.threshold, self.config.offsets, self.job.instances)
         if box.array == EDGES:
-            return block_edges(self.grid, box.start, box.stop, self._fragments, self._affinities, self.threshold, self.job.instances)
+            return block_edges(self.grid, box.start, box.stop, self._fragments, self._affinities,
+                               self.threshold, self.job.instances)
         return None
 
     def _check_stored(self, box: Slab) -> None:
@@ -145,7 +146,8 @@ class VolumeLabelRunner(UnitRunner):
             if entry.error is not None:
                 if box.array != PROBABILITIES:  # labels everywhere depend on it: nothing to be set aside
                     raise SystemicError(f"{entry.item.item_id}: {entry.error.what}", where=entry.error.where,
-                                        todo=entry.error.todo or "use smaller --block-voxels in a new --out, or a machine with more memory")
+                                        todo=entry.error.todo or "use smaller --block-voxels in a new --out, "
+                                        "or a machine with more memory")
                 bad[position] = entry.error
                 continue
             value, entry.value = entry.value, None
@@ -250,7 +252,8 @@ class VolumeLabelRunner(UnitRunner):
             raise ItemError(lost[0].reason, f"{len(lost)} of {count} windows could not be predicted: {lost[0].what}",
                             where=lost[0].where, todo=lost[0].todo)
 
-    def _windows(self, places: list[Shape], layer: Layer, seconds: dict[str, float]) -> Iterator[tuple[Shape, np.ndarray | ItemError]]:
+    def _windows(self, places: list[Shape], layer: Layer,
+                 seconds: dict[str, float]) -> Iterator[tuple[Shape, np.ndarray | ItemError]]:
         """Predictions in the order of `places`, several at once."""
         running: deque[tuple[Shape, Future[tuple[np.ndarray | ItemError, float]]]] = deque()
 

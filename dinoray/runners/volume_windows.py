@@ -32,8 +32,9 @@ class Layer:
 class WindowReader:
     """Reads windows of one volume. Safe to use from several threads."""
 
-    def __init__(self, grid: PredictionGrid, volume: Volume, limits: Sequence[float], *, context: tuple[Volume, Shape] | None = None,
-                 tokens: StoredTokens | None = None, context_tokens: StoredTokens | None = None):
+    def __init__(self, grid: PredictionGrid, volume: Volume, limits: Sequence[float], *,
+                 context: tuple[Volume, Shape] | None = None, tokens: StoredTokens | None = None,
+                 context_tokens: StoredTokens | None = None):
         """`context`: the level that serves it and its voxels per pixel; None for a model without one."""
         self.grid, self.volume, self.context = grid, volume, context
         self.tokens, self.context_tokens = tokens, context_tokens
@@ -97,7 +98,8 @@ def open_reader(job: SegmentVolumeJob, config: FusionConfig, facts: dict[str, An
     return WindowReader(grid, volume, facts["limits"], context=context, **stored_tokens(job, config, volume, facts["limits"]))
 
 
-def stored_tokens(job: SegmentVolumeJob, config: FusionConfig, volume: Volume, limits: Sequence[float] | None = None) -> dict[str, StoredTokens]:
+def stored_tokens(job: SegmentVolumeJob, config: FusionConfig, volume: Volume,
+                  limits: Sequence[float] | None = None) -> dict[str, StoredTokens]:
     """The stored tokens that a job names, by setting. Raises BadRequest for others' tokens."""
     found = {}
     for name, factor in (("tokens", 1), ("context_tokens", config.context_factor)):

@@ -52,9 +52,9 @@ class Sample:
 
 def record_of(job: TrainContextFusionJob, factor: Shape) -> FusionRecord:
     """The architecture that a job asks for."""
-    return FusionRecord(outputs=len(job.offsets) if job.target == "affinities" else len(job.classes), factor=factor, inputs=job.inputs,
-                        fusion=job.fusion, context_cells=job.context_cells, base=job.base_channels, levels=job.levels, norm=job.norm,
-                        upsampling=job.upsampling, dropout=job.dropout)
+    return FusionRecord(outputs=len(job.offsets) if job.target == "affinities" else len(job.classes), factor=factor,
+                        inputs=job.inputs, fusion=job.fusion, context_cells=job.context_cells, base=job.base_channels,
+                        levels=job.levels, norm=job.norm, upsampling=job.upsampling, dropout=job.dropout)
 
 
 class ContextFusionTask:
@@ -81,15 +81,16 @@ class ContextFusionTask:
             found = crop.labels[crop.known]
             if found.size and not 0 <= int(found.min()) <= int(found.max()) < len(job.classes):
                 raise SystemicError(f"labels {int(found.min())}..{int(found.max())} in a crop, but {len(job.classes)} classes",
-                                    todo="name all classes in `classes`, and the label of unknown voxels in `unknown`, in a new out")
+                                    todo="name all classes in `classes`, and the label of unknown voxels in `unknown`, "
+                                    "in a new out")
             return Sample(crop, np.where(crop.known, crop.labels, 0).astype(np.int64), np.ascontiguousarray(crop.known))
         labels, known = np.ascontiguousarray(crop.labels), np.ascontiguousarray(crop.known)
         values, valid = affinities(labels, job.offsets, known)
         weights = None
         if job.boundary_weight > 1:
             size = grid.pitch_nm
-            weights = boundary_weights(labels, weight=job.boundary_weight, sigma_nm=job.boundary_sigma_voxels * min(size), voxel_nm=size,
-                                       known=known)
+            weights = boundary_weights(labels, weight=job.boundary_weight, sigma_nm=job.boundary_sigma_voxels * min(size),
+                                       voxel_nm=size, known=known)
         return Sample(crop, values, valid, weights)
 
     # ---------------------------------------------------------------- steps
@@ -110,7 +111,8 @@ class ContextFusionTask:
         else:
             kind = "focal_dice" if job.loss == "auto" else job.loss
             weights = None if self.class_weights is None else self.class_weights.to(device)
-            pair = class_loss(kind, logits, target, known, weights=weights, gamma=job.focal_gamma, alpha=job.tversky[0], beta=job.tversky[1])
+            pair = class_loss(kind, logits, target, known, weights=weights, gamma=job.focal_gamma,
+                              alpha=job.tversky[0], beta=job.tversky[1])
         return pair
 
     def spent(self) -> dict[str, float]:
@@ -126,7 +128,8 @@ class ContextFusionTask:
         table = np.zeros((len(job.classes),) * 2, np.int64)
         places = workers.share(self._validation_places)
         with ThreadPoolExecutor(job.data_threads, thread_name_prefix="validate") as threads:
-            samples = bounded_map(threads, lambda place: self._with_target(self.validation.at(*place)), places, 2 + job.data_threads)
+            samples = bounded_map(threads, lambda place: self._with_target(self.validation.at(*place)),
+                                  places, 2 + job.data_threads)
             for sample in samples:
                 loss, weight, logits = self._scored(sample)
                 total, count = total + loss, count + weight

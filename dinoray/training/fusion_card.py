@@ -19,8 +19,10 @@ def fusion_card(config: FusionConfig) -> str:
         head |= {"license": "other", "license_name": "dinov3-license", "base_model": backbone.weights or backbone.model}
     what = "affinities of voxels, from which instances are made" if config.target == "affinities" else \
         f"one of {', '.join(config.classes)} for each voxel"
-    over = f"three-plane tokens of {backbone.model} ({backbone.weights or 'the official weights'}, frozen)" if backbone else "raw voxels alone"
-    context = "no context" if model.fusion == "none" else f"a context {config.context_factor} times as wide as a crop ({model.fusion})"
+    over = (f"three-plane tokens of {backbone.model} ({backbone.weights or 'the official weights'}, frozen)" if backbone
+            else "raw voxels alone")
+    context = ("no context" if model.fusion == "none"
+               else f"a context {config.context_factor} times as wide as a crop ({model.fusion})")
     size, raw = ("x".join(f"{v:g}" for v in sizes) for sizes in (config.voxel_nm, config.raw_voxel_nm))
     rows = "\n".join(f"| {name.replace('_', ' ')} | {value:.4f} |" if isinstance(value, float) else
                      f"| {name.replace('_', ' ')} | {value} |" for name, value in config.metrics.items())

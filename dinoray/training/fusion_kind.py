@@ -24,7 +24,8 @@ class ContextFusionKind:
 
     def settled(self, job: TrainContextFusionJob) -> TrainContextFusionJob:
         if job.backbone_learning_rate is not None:
-            raise BadRequest("the backbone of a context-fusion training is frozen", where="backbone_learning_rate", todo="leave it out")
+            raise BadRequest("the backbone of a context-fusion training is frozen", where="backbone_learning_rate",
+                             todo="leave it out")
         return job
 
     def sets(self, job: TrainContextFusionJob) -> Sets:

@@ -85,7 +85,8 @@ def finish(job: TrainContextFusionJob, spec: TrainingSpec, task: ContextFusionTa
             model=backbone.config.name, weights=job.weights, digest=spec.digest, included=False, mean=backbone.config.mean,
             std=backbone.config.std),
         voxel_nm=region.label_grid.pitch_nm, raw_voxel_nm=region.raw_grid.pitch_nm, context_factor=job.context_factor,
-        crop_voxels=job.crop_shape, threshold=threshold, metrics=figures, training=training_facts(job, spec, task, state["step"], progress))
+        crop_voxels=job.crop_shape, threshold=threshold, metrics=figures,
+        training=training_facts(job, spec, task, state["step"], progress))
     reach("train.checkpoint")
     check()
     save_fusion(store, CHECKPOINT, task.model, config, fusion_card)

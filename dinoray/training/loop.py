@@ -76,8 +76,8 @@ class Progress:
     ended: str = ""
     """`steps` or `patience` when training is over."""
     history: list[dict[str, float]] = field(default_factory=list)
-    """A row per logged step (`step`, `loss`, `lr`, `grad_norm`, `samples_per_s`, `*_share` of the steps' time: `wait_share` waited for
-    samples, others are the task's) and per validation (`step`, `val_*`)."""
+    """A row per logged step (`step`, `loss`, `lr`, `grad_norm`, `samples_per_s`, `*_share` of the steps' time: `wait_share` waited
+    for samples, others are the task's) and per validation (`step`, `val_*`)."""
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:

@@ -12,13 +12,13 @@ from scipy import ndimage
 from dinoray.config.fusion import VolumeAugmentation
 from dinoray.vision.voxel_grids import VoxelGrid
 
-_NAMES = ("p_missing", "missing", "p_shifted", "shifted", "shift_y", "shift_x", "p_tone", "contrast", "brightness", "gamma", "p_blur",
-          "blur", "p_noise", "noise")
+_NAMES = ("p_missing", "missing", "p_shifted", "shifted", "shift_y", "shift_x", "p_tone", "contrast", "brightness", "gamma",
+          "p_blur", "blur", "p_noise", "noise")
 """One uniform number each, in this order; a new one goes to the end."""
 
 
-def spoil(raw: np.ndarray, raw_grid: VoxelGrid, context: np.ndarray | None, context_grid: VoxelGrid | None, config: VolumeAugmentation,
-          rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
+def spoil(raw: np.ndarray, raw_grid: VoxelGrid, context: np.ndarray | None, context_grid: VoxelGrid | None,
+          config: VolumeAugmentation, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
     """(raw, context), both float32 [z, y, x], with new tones and damaged sections. Grids are about the crop's centre, nm.
 
     Sections are planes of constant z, so this comes before crops are turned.

@@ -55,8 +55,9 @@ class Region:
     """One LabelledVolume, open. Safe to read from several threads."""
 
     def __init__(self, source: LabelledVolume, *, keep_bytes: int, context_nm: Triple | None = None, scaling_sample: int = 64):
-        """`keep_bytes`: of each volume that may be kept in memory; `context_nm`: pixels of the context's slices (a coarser level
-        of raw serves it where there is one); `scaling_sample`: blocks that fix the scaling, 0 where no raw voxel will be read. Raises BadRequest for volumes that do not fit each other."""
+        """`keep_bytes`: of each volume that may be kept in memory; `context_nm`: pixels of the context's slices (a coarser level of
+        raw serves it where there is one); `scaling_sample`: blocks that fix the scaling, 0 where no raw voxel will be read. Raises
+        BadRequest for volumes that do not fit each other."""
         self.source = source
         self.raw_volume = open_volume(_request(source, source.raw_voxel_size))
         self.label_volume = open_volume(VolumeRequest(source.labels, raw_voxel_nm=_nm(source.label_voxel_size),
@@ -70,7 +71,8 @@ class Region:
         self._label_from, count = _covered(whole, self.raw_grid, source)
         self.label_grid = whole.part(self._label_from, count)
         self.context_volume, self.context_factor = self._context(context_nm)
-        keep = [v.dtype.itemsize * int(np.prod(v.shape)) <= keep_bytes for v in (self.raw_volume, self.context_volume, self.label_volume)]
+        keep = [v.dtype.itemsize * int(np.prod(v.shape)) <= keep_bytes
+                for v in (self.raw_volume, self.context_volume, self.label_volume)]
         self._raw, self._labels = _Held(self.raw_volume, keep[0]), _Held(self.label_volume, keep[2])
         self._coarse = self._raw if self.context_volume is self.raw_volume else _Held(self.context_volume, keep[1])
         self.low, self.high = self._range(scaling_sample) if scaling_sample else (0.0, 1.0)
@@ -98,8 +100,8 @@ class Region:
             ends = (ours + self.raw_grid.extent_nm[axis], theirs + grid.shape[axis] * grid.voxel_nm[axis])
             slack = 0.5 * self.raw_grid.pitch_nm[axis] if name == "tokens" else slack_nm[axis]
             if abs(ours - theirs) > slack or abs(ends[0] - ends[1]) > slack:
-                raise BadRequest(f"the stored tokens are of {theirs:g} to {ends[1]:g} nm along {'zyx'[axis]}, the region is {ours:g} to "
-                                 f"{ends[0]:g} nm", where=f"{name}: {tokens.url}",
+                raise BadRequest(f"the stored tokens are of {theirs:g} to {ends[1]:g} nm along {'zyx'[axis]}, the region is "
+                                 f"{ours:g} to {ends[0]:g} nm", where=f"{name}: {tokens.url}",
                                  todo="extract the tokens of this region alone, with --crop")
 
     def close(self) -> None:
@@ -124,15 +126,19 @@ class Region:
     def raw(self, start: Shape, shape: Shape) -> Piece:
         """Raw voxels that label voxels [start, start + shape) are made of, scaled: float32, about 0..1. Raises SystemicError."""
         corner = [round((self.label_grid.first_nm[a] - self.label_grid.pitch_nm[a] / 2
-                         - self.raw_grid.first_nm[a] + self.raw_grid.pitch_nm[a] / 2) / self.raw_grid.pitch_nm[a]) for a in range(3)]
+                         - self.raw_grid.first_nm[a] + self.raw_grid.pitch_nm[a] / 2) / self.raw_grid.pitch_nm[a])
+                  for a in range(3)]
         first = [c + s * f for c, s, f in zip(corner, start, self.factor, strict=True)]
         piece = _Read(self._raw).read(first, [n * f for n, f in zip(shape, self.factor, strict=True)])
         return Piece(self._scaled(piece.values), piece.inside)
 
-    def context(self, centre_nm: Triple, shape: Shape, *, read: bool = True) -> tuple[np.ndarray | None, tuple[np.ndarray, ...], VoxelGrid]:
-        """(pixels, which of them hold some of the region, their grid) of the context around a place: `shape` of them, each the mean of
-        `context_factor` voxels of the level that serves it, scaled (None without `read`). The grid's middle is within half a voxel of
-        that level of the place. Raises SystemicError."""
+    def context(self, centre_nm: Triple, shape: Shape, *,
+                read: bool = True) -> tuple[np.ndarray | None, tuple[np.ndarray, ...], VoxelGrid]:
+        """(pixels, which of them hold some of the region, their grid) of the context around a place.
+
+        `shape` pixels, each the mean of `context_factor` voxels of the level that serves it, scaled (None without `read`). The
+        grid's middle is within half a voxel of that level of the place. Raises SystemicError.
+        """
         box = context_box(self.context_volume, self.context_factor, centre_nm, shape)
         pitch = tuple(r * f for r, f in zip(self.context_volume.voxel_size_nm, self.context_factor, strict=True))
         values = self._scaled(context_values(_Read(self._coarse), box, self.context_factor)) if read else None
@@ -171,13 +177,15 @@ class Region:
             try:
                 values.append(self.raw_volume.read(*box).ravel())
             except ItemError as error:
-                raise BadRequest(f"raw cannot be read: {error.what}", where=error.where, todo="mend it, or choose another region") from error
+                raise BadRequest(f"raw cannot be read: {error.what}", where=error.where,
+                                 todo="mend it, or choose another region") from error
         sample = np.concatenate(values)
         if sample.dtype.kind == "f" and not np.isfinite(sample).all():
             raise BadRequest("raw holds NaN or infinite voxels", where=self.source.raw, todo="fill them, or choose another region")
         low, high = percentiles(sample, PERCENTS)
         if not high > low:
-            raise BadRequest(f"raw is {low:g} nearly everywhere", where=self.source.raw, todo="choose a region with something in it")
+            raise BadRequest(f"raw is {low:g} nearly everywhere", where=self.source.raw,
+                             todo="choose a region with something in it")
         return low, high
 
 
@@ -216,8 +224,9 @@ def _factor(raw: Volume, labels: Volume, source: LabelledVolume) -> Shape:
     if whole is None:
         ratio = [g / r for g, r in zip(labels.voxel_size_nm, raw.voxel_size_nm, strict=True)]
         raise BadRequest(f"labels of {'x'.join(f'{v:g}' for v in labels.voxel_size_nm)} nm over raw voxels of "
-                         f"{'x'.join(f'{v:g}' for v in raw.voxel_size_nm)} nm: the ratio {', '.join(f'{r:.3g}' for r in ratio)} is no "
-                         "whole number", where=source.labels, todo="choose levels by raw_voxel_size and label_voxel_size, or resample one")
+                         f"{'x'.join(f'{v:g}' for v in raw.voxel_size_nm)} nm: the ratio {', '.join(f'{r:.3g}' for r in ratio)} is "
+                         "no whole number", where=source.labels,
+                         todo="choose levels by raw_voxel_size and label_voxel_size, or resample one")
     return whole
 
 

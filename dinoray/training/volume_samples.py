@@ -52,8 +52,8 @@ class CropSampler:
         for region in regions:
             short = [a for a in range(3) if 2 * region.label_grid.shape[a] < self.shape[a]]
             if short:
-                raise BadRequest(f"a labelled region of {'x'.join(map(str, region.label_grid.shape))} voxels is not half as wide as a "
-                                 f"crop of {'x'.join(map(str, self.shape))}", where=region.source.labels,
+                raise BadRequest(f"a labelled region of {'x'.join(map(str, region.label_grid.shape))} voxels is not half as wide "
+                                 f"as a crop of {'x'.join(map(str, self.shape))}", where=region.source.labels,
                                  todo="choose smaller crop_voxels or larger regions")
         weights = np.array([region.source.weight for region in regions])
         self._shares = np.cumsum(weights) / weights.sum()
@@ -108,8 +108,9 @@ class CropSampler:
             why = self._refused(labels, known)
             if not why:
                 return start  # type: ignore[return-value]
-        raise SystemicError(f"none of {job.max_attempts} places is fit for training; the last one has {why}", where=region.source.labels,
-                         todo="lower min_known, min_foreground or min_ids, or choose a region with more in it")
+        raise SystemicError(f"none of {job.max_attempts} places is fit for training; the last one has {why}",
+                            where=region.source.labels,
+                            todo="lower min_known, min_foreground or min_ids, or choose a region with more in it")
 
     @staticmethod
     def _start(available: int, wanted: int, drawn: float) -> int:

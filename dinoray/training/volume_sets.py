@@ -1,4 +1,4 @@
-"""The regions of a context-fusion training: listed with the versions of their files, opened, and looked at before the first step."""
+"""The regions of a context-fusion training: listed with the versions of their files, opened, looked at before the first step."""
 
 from __future__ import annotations
 
@@ -83,13 +83,16 @@ def context_pixel(region: Region, factor: int) -> Triple:
 
 
 def opened(job: TrainContextFusionJob, sources: Sequence[LabelledVolume], share: float, digest: str | None = None) -> list[Region]:
-    """The regions of a set, to be sampled, with `share` of cache_bytes. `digest`: of the backbone whose stored tokens are read; None
-    leaves them closed. Raises BadRequest."""
+    """The regions of a set, to be sampled, with `share` of cache_bytes. Raises BadRequest.
+
+    `digest`: of the backbone whose stored tokens are read; None leaves them closed.
+    """
     found = []
     for name, used in (("tokens", job.inputs != "raw"), ("context_tokens", job.fusion != "none")):
         given = sum(getattr(source, name) is not None for source in sources)
         if given and not used:
-            raise BadRequest(f"the model looks at no {name.replace('_', ' ')}", where=name, todo="leave them out, or change inputs or fusion")
+            raise BadRequest(f"the model looks at no {name.replace('_', ' ')}", where=name,
+                             todo="leave them out, or change inputs or fusion")
         if 0 < given < len(sources):
             raise BadRequest(f"{given} of {plural(len(sources), 'region')} have stored {name.replace('_', ' ')}", where=name,
                              todo="give them for all regions of a set, or for none")
@@ -106,13 +109,16 @@ def opened(job: TrainContextFusionJob, sources: Sequence[LabelledVolume], share:
     sizes = {(r.raw_grid.pitch_nm, r.label_grid.pitch_nm) for r in found}
     if len({tuple(round(v, 3) for pitch in size for v in pitch) for size in sizes}) > 1:
         raise BadRequest("the regions have voxels of different sizes: " + "; ".join(sorted(
-            f"raw {a} nm, labels {b} nm" for a, b in sizes)), where="train", todo="choose levels by raw_voxel_size and label_voxel_size")
+            f"raw {a} nm, labels {b} nm" for a, b in sizes)),
+                         where="train", todo="choose levels by raw_voxel_size and label_voxel_size")
     return found
 
 
 def survey(job: TrainContextFusionJob, store: Store, say: Callable[[str], None], check: Callable[[], None]) -> dict[str, Any]:
-    """Labels counted over the training regions: `counts` of the classes, or `instances` per region. Raises BadRequest for labels that
-    are no classes of the job and for regions without anything."""
+    """Labels counted over the training regions: `counts` of the classes, or `instances` per region.
+
+    Raises BadRequest for labels that are no classes of the job and for regions without anything.
+    """
     try:
         return json.loads(store.get(SURVEY_KEY))
     except FileNotFoundError:
@@ -125,10 +131,12 @@ def survey(job: TrainContextFusionJob, store: Store, say: Callable[[str], None],
             found = _counted(region, check)
             region.close()
             if not found:
-                raise BadRequest(f"not one voxel of {BLOCKS} boxes spread over the region has a label", where=f"{name}.{number}", todo="choose another region")
+                raise BadRequest(f"not one voxel of {BLOCKS} boxes spread over the region has a label",
+                                 where=f"{name}.{number}", todo="choose another region")
             if job.target == "classes" and (max(found) >= len(job.classes) or min(found) < 0):
-                raise BadRequest(f"labels {min(found)}..{max(found)}, but {plural(len(job.classes), 'class')} (0..{len(job.classes) - 1})",
-                                 where=f"{name}.{number}", todo="name all classes in `classes`, and the label of unknown voxels in `unknown`")
+                raise BadRequest(f"labels {min(found)}..{max(found)}, but {plural(len(job.classes), 'class')} "
+                                 f"(0..{len(job.classes) - 1})", where=f"{name}.{number}",
+                                 todo="name all classes in `classes`, and the label of unknown voxels in `unknown`")
             if name == "train":
                 if job.target == "classes":
                     np.add.at(counts, list(found), list(found.values()))
@@ -136,7 +144,8 @@ def survey(job: TrainContextFusionJob, store: Store, say: Callable[[str], None],
     if job.target == "classes":
         for k, name in enumerate(job.classes):
             if not counts[k]:
-                say(f"class {k} ({name}) does not occur in the boxes of the training regions that were counted: little may be learned of it")
+                say(f"class {k} ({name}) does not occur in the boxes of the training regions that were counted: "
+                    "little may be learned of it")
         if not counts[1:].any():
             raise BadRequest("the training regions hold background alone", where="train", todo="choose regions with labels")
     elif not sum(instances):

@@ -44,7 +44,8 @@ class Turn:
 
     def tokens(self, planes: Mapping[str, tuple[np.ndarray, VoxelGrid]]) -> dict[str, tuple[np.ndarray, VoxelGrid]]:
         """plane -> (tokens [C, z, y, x], their grid about the origin)."""
-        return {PLANE_OF[self.order.index(NORMAL[name])]: (self.array(values), self.grid(grid)) for name, (values, grid) in planes.items()}
+        return {PLANE_OF[self.order.index(NORMAL[name])]: (self.array(values), self.grid(grid))
+                for name, (values, grid) in planes.items()}
 
 
 def turns(kind: str, shape: tuple[int, int, int], sizes: list[tuple[float, float, float]]) -> list[Turn]:

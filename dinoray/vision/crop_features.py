@@ -38,7 +38,8 @@ def token_grid(raw: VoxelGrid, target: VoxelGrid, plane: str, patch: int) -> Vox
     """The grid of a plane's tokens: patches of its pixels, the last ones reaching beyond the crop where it is no multiple."""
     pixels, normal = pixel_grid(raw, target, plane), NORMAL[plane]
     shape = tuple(n if a == normal else -(-n // patch) for a, n in enumerate(pixels.shape))
-    first = tuple(f if a == normal else f + (patch - 1) / 2 * p for a, (f, p) in enumerate(zip(pixels.first_nm, pixels.pitch_nm, strict=True)))
+    first = tuple(f if a == normal else f + (patch - 1) / 2 * p
+                  for a, (f, p) in enumerate(zip(pixels.first_nm, pixels.pitch_nm, strict=True)))
     pitch = tuple(p if a == normal else p * patch for a, p in enumerate(pixels.pitch_nm))
     return VoxelGrid(shape, first, pitch)  # type: ignore[arg-type]
 

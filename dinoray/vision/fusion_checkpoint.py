@@ -1,5 +1,5 @@
 """The checkpoint folder of a context-fusion UNet: `model.safetensors` (the UNet), `config.json` (`FusionConfig`: all that inference
-needs to know) and `README.md` (the model card). The backbone is frozen, so it is named by its id and digest, and another is refused.
+needs to know) and `README.md` (the model card). The backbone is frozen, so it is named by its id and digest; another is refused.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ def read_fusion_config(url: str) -> FusionConfig:
                          todo="it was written by another version of dinoray, or edited") from error
 
 
-def load_fusion(url: str, *, weights: str | None = None, backbone_dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
-                accept_license: bool = False) -> tuple[FusionModel, FusionConfig]:
+def load_fusion(url: str, *, weights: str | None = None, backbone_dtype: torch.dtype = torch.float32,
+                device: str | torch.device = "cpu", accept_license: bool = False) -> tuple[FusionModel, FusionConfig]:
     """A checkpoint's model in eval mode, every tensor filled and used, and its config. `weights` says where the backbone lies,
     instead of where the training job had it. The UNet is float32: autocast takes it from there.
 
@@ -120,7 +120,8 @@ def load_fusion(url: str, *, weights: str | None = None, backbone_dtype: torch.d
                            todo="config.json and model.safetensors are not of one checkpoint")
     damaged = sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all())
     if damaged:
-        raise WeightsError(f"NaN or infinity in {', '.join(damaged[:5])}", where=url, todo="take an earlier checkpoint, or copy it again")
+        raise WeightsError(f"NaN or infinity in {', '.join(damaged[:5])}", where=url,
+                           todo="take an earlier checkpoint, or copy it again")
     digest = state_digest(tensors, config.backbone.digest if config.backbone else "")
     if config.weights_digest and digest != config.weights_digest:
         raise WeightsError(f"the weights' digest is {digest[:12]}, config.json says {config.weights_digest[:12]}", where=url,

@@ -55,7 +55,8 @@ def plane_tokens(tokens: dict[str, torch.Tensor], each: Sequence[dict[str, dict[
     """Tokens of a batch with the matrices of its samples; `each`: per sample plane -> grid -> matrices."""
     planes = list(tokens)
     grids = list(each[0][planes[0]])
-    return PlaneTokens(tokens, {grid: {plane: stacked([sample[plane][grid] for sample in each]) for plane in planes} for grid in grids})
+    return PlaneTokens(tokens, {grid: {plane: stacked([sample[plane][grid] for sample in each]) for plane in planes}
+                                for grid in grids})
 
 
 def context_places(crops: Sequence[VoxelGrid], contexts: Sequence[VoxelGrid], inside: Sequence[tuple[np.ndarray, ...]], cells: int,

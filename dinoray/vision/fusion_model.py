@@ -1,7 +1,7 @@
 """The context-fusion model as a whole: crops of volumes in memory -> logits. Backbone, placement of tokens, UNet.
 
-`prepare` is the extraction (slices through the frozen backbone, or stored tokens, and the matrices that place them), `unet` the rest;
-they are apart so that each can be timed, and its memory forecast.
+`prepare` is the extraction (slices through the frozen backbone, or stored tokens, and the matrices that place them), `unet` the
+rest; they are apart so that each can be timed, and its memory forecast.
 """
 
 from __future__ import annotations
@@ -126,8 +126,8 @@ class FusionModel(nn.Module):
         given.context = plane_tokens(tokens, [
             {plane: context_matrices(grid[plane], c.target_grid, target, self.record.shape) for plane in tokens}
             for c, grid, target in zip(crops, placed, targets, strict=True)])
-        context_places([c.target_grid for c in crops], targets, [_needed(c.context_inside) for c in crops], self.record.context_cells,
-                       given)
+        context_places([c.target_grid for c in crops], targets, [_needed(c.context_inside) for c in crops],
+                       self.record.context_cells, given)
 
     def _tokens(self, raw: torch.Tensor | None, raw_grid: VoxelGrid, target: VoxelGrid, stored: list[Planes | None]
                 ) -> tuple[dict[str, torch.Tensor], list[dict[str, VoxelGrid]]]:
@@ -151,9 +151,11 @@ def new_model(record: FusionRecord, backbone: Backbone | None, *, seed: int = 0,
     raw_channels = int(np.prod(record.factor)) if record.inputs != "tokens" else 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet = ContextFusionUNet(record.outputs, raw_channels=raw_channels, token_dim=None if backbone is None else backbone.config.dim,
+        unet = ContextFusionUNet(record.outputs, raw_channels=raw_channels,
+                                 token_dim=None if backbone is None else backbone.config.dim,
                                  own_tokens=record.inputs != "raw", fusion=record.fusion, base=record.base, levels=record.levels,
-                                 norm=record.norm, upsampling=record.upsampling, dropout=record.dropout, checkpointing=checkpointing)
+                                 norm=record.norm, upsampling=record.upsampling, dropout=record.dropout,
+                                 checkpointing=checkpointing)
     # convolutions on CPU and on tensor cores are faster on channels that lie together
     return FusionModel(unet.to(memory_format=torch.channels_last_3d), backbone, record, slice_batch=slice_batch)
 

@@ -28,13 +28,14 @@ class StoredTokens:
         """plane -> (tokens float32 [C, z, y, x] that the voxels of `target` are interpolated from, their grid), positions counted
         from `centre_nm` as those of `target` are.
 
-        As many tokens wherever the crop lies; beyond the array the outermost goes on. Raises ItemError `missing_tokens` where some were
-        not computed, OutputDamaged.
+        As many tokens wherever the crop lies; beyond the array the outermost goes on. Raises ItemError `missing_tokens` where some
+        were not computed, OutputDamaged.
         """
         found = {}
         for name, array in self._arrays.items():
             spec = self.grid.plane(name).array
-            spans = [_span(spec.translation_nm[a], spec.pitch_nm[a], centre_nm[a] + target.first_nm[a], target.pitch_nm[a], target.shape[a])
+            spans = [_span(spec.translation_nm[a], spec.pitch_nm[a], centre_nm[a] + target.first_nm[a],
+                           target.pitch_nm[a], target.shape[a])
                      for a in range(3)]
             at = [np.clip(np.arange(low, low + count), 0, n - 1) for (low, count), n in zip(spans, spec.shape, strict=True)]
             start = [low for low, _ in spans]

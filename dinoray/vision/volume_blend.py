@@ -1,7 +1,7 @@
 """Predictions of overlapping windows of a volume -> one box, layer by layer along z, so that only a few layers are in memory.
 
-A voxel's value is a sum over the windows that contain it, in the order of the lattice, with weights that depend on the lattice alone:
-bit-equal whichever box asks for it.
+A voxel's value is a sum over the windows that contain it, in the order of the lattice, with weights that depend on the lattice
+alone: bit-equal whichever box asks for it.
 """
 
 from __future__ import annotations

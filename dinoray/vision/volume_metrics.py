@@ -64,7 +64,8 @@ class Contingency:
         """A block; only `known` voxels count. Returns itself."""
         if known is not None:
             pred, truth = pred[known], truth[known]
-        pairs, counts = np.unique(np.stack([truth.ravel().astype(np.int64), pred.ravel().astype(np.int64)]), axis=1, return_counts=True)
+        pairs, counts = np.unique(np.stack([truth.ravel().astype(np.int64), pred.ravel().astype(np.int64)]),
+                                  axis=1, return_counts=True)
         for t, p, n in zip(*pairs.tolist(), counts.tolist(), strict=True):
             self._pairs[t, p] = self._pairs.get((t, p), 0) + n
         return self

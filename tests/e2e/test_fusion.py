@@ -46,7 +46,8 @@ def test_a_model_is_trained_used_and_measured(tmp_path: Path) -> None:
     assert "complete: 60 steps" in again
 
     out = tmp_path / "labels"
-    segment = [*CLI, "segment", "volume", str(raw), "--checkpoint", str(tmp_path / "model/checkpoint"), "--out", str(out), "--no-ray"]
+    segment = [*CLI, "segment", "volume", str(raw), "--checkpoint", str(tmp_path / "model/checkpoint"),
+               "--out", str(out), "--no-ray"]
     assert "complete:" in complete(segment)
     assert "whole: " in complete([*CLI, "verify", str(out), "--deep"])
     assert "blocks" in complete([*CLI, "status", str(out)])
@@ -68,12 +69,13 @@ def test_instances_and_a_killed_driver(tmp_path: Path) -> None:
                      train=[{"raw": str(raw), "labels": str(labels), "region": "0:40,0:40,0:18"}],
                      validation=[{"raw": str(raw), "labels": str(labels), "region": "0:40,0:40,20:40"}])
     complete([*CLI, "train", "context-fusion", written(tmp_path / "job.yaml", job)])
-    segment = [*CLI, "segment", "volume", str(raw), "--checkpoint", str(tmp_path / "model/checkpoint"), "--no-ray", "--window-voxels", "16",
-               "--halo-voxels", "4", "--shard-voxels", "16", "--block-voxels", "32", "--unit-windows", "1"]
+    segment = [*CLI, "segment", "volume", str(raw), "--checkpoint", str(tmp_path / "model/checkpoint"), "--no-ray",
+               "--window-voxels", "16", "--halo-voxels", "4", "--shard-voxels", "16", "--block-voxels", "32", "--unit-windows", "1"]
     complete([*segment, "--out", str(tmp_path / "clean")])
     out = tmp_path / "out"
     for _ in range(3):
-        process = subprocess.Popen([*segment, "--out", str(out)], env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen([*segment, "--out", str(out)],
+                                   env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         before = len(list((out / "_dinoray/receipts").glob("*"))) if (out / "_dinoray/receipts").exists() else 0
         while process.poll() is None and len(list((out / "_dinoray/receipts").glob("*"))) < before + 3:
             time.sleep(0.01)

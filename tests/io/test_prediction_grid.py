@@ -1,5 +1,7 @@
-"""Where a segmented volume's windows, shards, units and blocks lie: every voxel predicted, whatever the sizes; borders of units on borders of
-shards."""
+"""Where a segmented volume's windows, shards, units and blocks lie.
+
+Every voxel is predicted, whatever the sizes; borders of units lie on borders of shards.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ from dinoray.slabs import check_alone_on
 
 def grid_of(shape, *, window=32, halo=4, multiple=4, blend=True, clip=True, block=48, outputs=3, shard=32) -> PredictionGrid:
     windows, halos = make_windows(shape, (window,) * 3, (halo,) * 3, multiple, shrink=clip)
-    return PredictionGrid(shape, (8.0,) * 3, (4.0,) * 3, (8.0,) * 3, (1, 1, 1), windows, halos, multiple, blend, clip, outputs, "uint8",
-                          "uint64", block, shard)
+    return PredictionGrid(shape, (8.0,) * 3, (4.0,) * 3, (8.0,) * 3, (1, 1, 1), windows, halos, multiple, blend, clip,
+                          outputs, "uint8", "uint64", block, shard)
 
 
 SIDES = st.integers(1, 200)

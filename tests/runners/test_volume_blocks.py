@@ -33,7 +33,8 @@ def stitched(grid, values: np.ndarray, threshold: float, offsets=FACES, kind="co
         return lambda z0, z1, y0, y1, x0, x1: array[:, z0:z1, y0:y1, x0:x1]
 
     for start, stop in grid.blocks():
-        store.put(table_key(EDGES, start), encoded(block_edges(grid, start, stop, read(fragments[None]), read(values), threshold, kind)))
+        store.put(table_key(EDGES, start),
+                  encoded(block_edges(grid, start, stop, read(fragments[None]), read(values), threshold, kind)))
     offsets_, ids = merge_blocks(grid, store, min_voxels)
     labels = np.zeros(fragments.shape, np.uint64)
     for k, (start, stop) in enumerate(grid.blocks()):

@@ -1,5 +1,8 @@
-"""The context-fusion task on the shared trainer: the same loss however samples are shared, resumed to the bit, and a context that is
-really used: a label that only structure outside of the crop decides."""
+"""The context-fusion task on the shared trainer.
+
+The same loss however samples are shared, resumed to the bit, and a context that is really used: a label that only structure outside
+of the crop decides.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,8 @@ def pixel_nm(job: TrainContextFusionJob, source) -> Triple | None:
 
 def make_task(job: TrainContextFusionJob, dtype: torch.dtype = torch.float32) -> ContextFusionTask:
     """With the tiny backbone where one is asked for."""
-    train, validation = ([Region(s, keep_bytes=10**8, context_nm=pixel_nm(job, s)) for s in sources] for sources in (job.train, job.validation))
+    train, validation = ([Region(s, keep_bytes=10**8, context_nm=pixel_nm(job, s)) for s in sources]
+                         for sources in (job.train, job.validation))
     model = new_model(record_of(job, train[0].factor), tiny_backbone() if job.uses_backbone else None, seed=job.seed)
     model.unet.to(dtype)
     return ContextFusionTask(job, "f", model, train, validation)
@@ -51,9 +55,11 @@ def reduced(workers: Workers, values: dict[str, Any], cases: list[tuple[int, int
     found = []
     for batch, micro in cases:
         task = make_task(build(values), torch.float64)
-        stepper = Stepper(task.model, torch.optim.SGD(task.parameter_groups(), lr=0.0), task.loss, workers, micro_batch=micro, clip_norm=1e9)
+        stepper = Stepper(task.model, torch.optim.SGD(task.parameter_groups(), lr=0.0), task.loss,
+                          workers, micro_batch=micro, clip_norm=1e9)
         kept: list[torch.Tensor] = []
-        stepper.optimizer.register_step_pre_hook(lambda opt, a, k, kept=kept, s=stepper: kept.extend(p.grad.clone() for p in s.parameters))
+        stepper.optimizer.register_step_pre_hook(lambda opt, a, k, kept=kept, s=stepper:
+                                                 kept.extend(p.grad.clone() for p in s.parameters))
         parts = [[task.sample(i) for i in part] for part in workers.share(micro_batches(0, batch, micro))]
         result = stepper.step(parts, seed=1)
         found.append((result.loss, torch.cat([g.reshape(-1) for g in kept])))

@@ -17,8 +17,8 @@ def coordinates(shape: tuple[int, int, int], axis: int) -> np.ndarray:
     return np.broadcast_to(np.arange(shape[axis]).reshape([-1 if a == axis else 1 for a in range(3)]), shape).astype(np.uint16)
 
 
-def region(tmp_path: Path, raw: np.ndarray, labels: np.ndarray, *, raw_nm=(8.0,) * 3, label_nm=(16.0,) * 3, label_from=None, keep: int = 0,
-           context_nm=None, **fields) -> Region:
+def region(tmp_path: Path, raw: np.ndarray, labels: np.ndarray, *, raw_nm=(8.0,) * 3, label_nm=(16.0,) * 3, label_from=None,
+           keep: int = 0, context_nm=None, **fields) -> Region:
     folder = tmp_path / f"v{len(list(tmp_path.iterdir()))}"
     sources = write_volume(folder / "raw", raw, raw_nm), write_volume(folder / "labels", labels, label_nm, label_from)
     return Region(LabelledVolume(raw=str(sources[0]), labels=str(sources[1]), **fields), keep_bytes=keep, context_nm=context_nm)

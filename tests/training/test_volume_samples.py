@@ -1,4 +1,4 @@
-"""Samples of volumes: functions of seed and index, filters, turns that keep everything together, what spoils raw and never labels."""
+"""Samples of volumes: functions of seed and index, filters, turns that keep all together, what spoils raw and never labels."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def test_raw_context_and_labels_are_turned_together(factor: int, tmp_path: Path)
     raw = np.kron(number, np.ones((factor,) * 3, np.uint32)).astype(np.float32)
     pair = write_volume(tmp_path / "raw", raw, (16.0 / factor,) * 3), write_volume(tmp_path / "labels", number, (16.0,) * 3)
     assert raw.shape == fine
-    drawn = sampler(pair, (16.0,) * 3, crop_voxels=8, augmentation=NOTHING, fusion="gate", model="vitt16", weights="random", context_factor=1)
+    drawn = sampler(pair, (16.0,) * 3, crop_voxels=8, augmentation=NOTHING, fusion="gate",
+                    model="vitt16", weights="random", context_factor=1)
     region = drawn.regions[0]
     seen = set()
     for index in range(40):
@@ -156,7 +157,8 @@ def test_numbers_drawn_are_independent_of_what_they_are_used_for() -> None:
     grid = centred((16, 4, 4), (10.0,) * 3)
     raw = np.full((16, 4, 4), 0.5, np.float32)
     for seed, tone in product(range(6), (0.0, 1.0)):
-        found, _ = spoil(raw, grid, None, None, VolumeAugmentation(p_missing=1, p_tone=tone, p_noise=0, p_blur=0, p_shifted=0, brightness=0),
+        found, _ = spoil(raw, grid, None, None,
+                         VolumeAugmentation(p_missing=1, p_tone=tone, p_noise=0, p_blur=0, p_shifted=0, brightness=0),
                          np.random.default_rng(seed))
         place = int(np.argmin(found.mean((1, 2))))
         drawn = np.random.default_rng(seed).random(14)

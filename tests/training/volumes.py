@@ -13,9 +13,11 @@ from scipy import ndimage
 from dinoray.config.fusion import TrainContextFusionJob
 
 
-def write_volume(folder: Path, values: np.ndarray, voxel_nm: tuple[float, float, float], translation_nm: tuple[float, float, float] | None = None) -> Path:
+def write_volume(folder: Path, values: np.ndarray, voxel_nm: tuple[float, float, float],
+                 translation_nm: tuple[float, float, float] | None = None) -> Path:
     """An OME-Zarr 0.5 of one level. By default its outer corner is at the origin, as that of any other level of the same place."""
-    array = zarr.create_array(folder / "0", shape=values.shape, dtype=values.dtype, chunks=tuple(min(32, n) for n in values.shape), zarr_format=3)
+    array = zarr.create_array(folder / "0", shape=values.shape, dtype=values.dtype,
+                              chunks=tuple(min(32, n) for n in values.shape), zarr_format=3)
     array[:] = values
     if translation_nm is None:
         translation_nm = tuple(v / 2 for v in voxel_nm)  # type: ignore[assignment]
@@ -44,16 +46,17 @@ def make_pair(folder: Path, shape: tuple[int, int, int] = (40, 40, 40), *, facto
     fine = np.kron(labels > 0, np.ones((factor,) * 3, bool))
     rng = np.random.default_rng(seed + 1)
     raw = np.clip(60 + 120 * fine + 12 * rng.standard_normal(fine.shape), 0, 255).astype(np.uint8)
-    return (write_volume(folder / "raw.zarr", raw, (label_nm / factor,) * 3), write_volume(folder / "labels.zarr", labels, (label_nm,) * 3))
+    return (write_volume(folder / "raw.zarr", raw, (label_nm / factor,) * 3),
+            write_volume(folder / "labels.zarr", labels, (label_nm,) * 3))
 
 
 def fusion_job(pair: tuple[Path, Path], out: Path | str, **fields: Any) -> dict[str, Any]:
     """A job of a few steps without a backbone; the two halves of the volume train and validate."""
     source = {"raw": str(pair[0]), "labels": str(pair[1])}
-    values = {"train": [source], "validation": [source], "out": str(out), "inputs": "raw", "fusion": "none", "crop_voxels": 16, "base_channels": 4,
-              "levels": 2, "steps": 8, "batch_size": 4, "micro_batch": 2, "warmup_steps": 2, "learning_rate": 0.01, "validate_every": 4,
-              "checkpoint_every": 3, "log_every": 1, "precision": "float32", "device": "cpu", "data_threads": 2, "no_ray": True,
-              "validation_crops": 4}
+    values = {"train": [source], "validation": [source], "out": str(out), "inputs": "raw", "fusion": "none", "crop_voxels": 16,
+              "base_channels": 4, "levels": 2, "steps": 8, "batch_size": 4, "micro_batch": 2, "warmup_steps": 2,
+              "learning_rate": 0.01, "validate_every": 4, "checkpoint_every": 3, "log_every": 1, "precision": "float32",
+              "device": "cpu", "data_threads": 2, "no_ray": True, "validation_crops": 4}
     return values | fields
 
 

@@ -1,4 +1,4 @@
-"""Affinities and back: identity on any labels whose objects are connected, order, boundaries, mutex watershed against components."""
+"""Affinities and back: identity on labels whose objects are connected, order, boundaries, mutex watershed against components."""
 
 from __future__ import annotations
 
@@ -68,10 +68,12 @@ def test_weights_are_highest_at_borders_and_know_anisotropy() -> None:
     weights = boundary_weights(labels, weight=5, sigma_nm=20, voxel_nm=(10, 5, 5))
     assert weights[4, 0, 0] == weights[3, 8, 8] == 5
     assert weights[5, 0, 0] == pytest.approx(1 + 4 * np.exp(-(10**2) / (2 * 20**2)))
-    assert boundary_weights(np.ones((3, 3, 3), int), weight=5, sigma_nm=1, voxel_nm=(1, 1, 1)).tolist() == np.ones((3, 3, 3)).tolist()
+    assert boundary_weights(np.ones((3, 3, 3), int), weight=5, sigma_nm=1,
+                            voxel_nm=(1, 1, 1)).tolist() == np.ones((3, 3, 3)).tolist()
     known = np.ones((9, 9, 9), bool)
     known[4:] = False
-    assert (boundary_weights(labels, weight=5, sigma_nm=20, voxel_nm=(10, 5, 5), known=known) == 1).all(), "unknown labels bound nothing"
+    assert (boundary_weights(labels, weight=5, sigma_nm=20, voxel_nm=(10, 5, 5), known=known) == 1).all(), \
+        "unknown labels bound nothing"
 
 
 def test_mutex_watershed_of_true_affinities_and_where_a_leak_joins_two() -> None:

@@ -88,8 +88,8 @@ def test_sides_that_are_no_whole_patches_are_mirrored() -> None:
     pixels = plane_pixels(raw, grid, grid, "xy", 8)
     assert pixels.shape == (1, 3, 8, 16)
     np.testing.assert_array_equal(pixels[0, 1].numpy(), np.pad(raw[0, 1].numpy(), ((0, 3), (0, 7)), mode="reflect"))
-    assert plane_pixels(raw[:, :, :1], VoxelGrid((3, 1, 9), (0.0,) * 3, (1.0,) * 3), VoxelGrid((3, 1, 9), (0.0,) * 3, (1.0,) * 3), "xy",
-                        8).shape == (1, 3, 8, 16)
+    assert plane_pixels(raw[:, :, :1], VoxelGrid((3, 1, 9), (0.0,) * 3, (1.0,) * 3), VoxelGrid((3, 1, 9), (0.0,) * 3, (1.0,) * 3),
+                        "xy", 8).shape == (1, 3, 8, 16)
     assert token_grid(grid, grid, "yz", 8).shape == (1, 1, 9)
 
 

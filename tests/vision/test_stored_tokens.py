@@ -25,8 +25,9 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Tokens of a volume of one window, a plane at every voxel."""
     use_tiny_backbone(monkeypatch)
     make_volume(tmp_path / "v.zarr", (SIDE,) * 3, voxel_nm=(NM,) * 3, translation_nm=(40, 0, 0))
-    extract_volume(ExtractVolumeJob(sources=str(tmp_path / "v.zarr"), out=str(tmp_path / "t"), model="vitt16", weights="random", voxel_size=NM,
-                                    window_px=SIDE, halo_px=0, scaling="dtype", dense_dtype="float32", no_ray=True), lambda line: None)
+    extract_volume(ExtractVolumeJob(sources=str(tmp_path / "v.zarr"), out=str(tmp_path / "t"), model="vitt16", weights="random",
+                                    voxel_size=NM, window_px=SIDE, halo_px=0, scaling="dtype", dense_dtype="float32", no_ray=True),
+                   lambda line: None)
     return tmp_path / "t"
 
 

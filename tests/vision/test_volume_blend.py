@@ -60,7 +60,8 @@ def test_any_cut_into_units_gives_equal_bytes(shape, windows) -> None:
     whole, _ = box_of(grid, values, (0, 0, 0), shape, noise=True)
     for start, stop in grid.units(windows):
         part, _ = box_of(grid, values, start, stop, noise=True)
-        assert part.tobytes() == np.ascontiguousarray(whole[(slice(None), *(slice(a, b) for a, b in zip(start, stop, strict=True)))]).tobytes()
+        assert part.tobytes() == np.ascontiguousarray(whole[(slice(None),
+                                                             *(slice(a, b) for a, b in zip(start, stop, strict=True)))]).tobytes()
 
 
 def test_what_a_lost_window_took_part_in_is_lost_and_nothing_else() -> None:

@@ -34,7 +34,8 @@ def test_what_is_not_known_changes_nothing(kind: str) -> None:
     logits, labels, known = batch()
     other = torch.where(known, labels, 2 - labels)
     moved = torch.where(known[:, None], logits, logits + 3)
-    assert float(class_loss(kind, logits, labels, known)[0]) == pytest.approx(float(class_loss(kind, moved, other, known)[0]), rel=1e-5)
+    assert float(class_loss(kind, logits, labels, known)[0]) == pytest.approx(float(class_loss(kind, moved, other, known)[0]),
+                                                                              rel=1e-5)
     grad, = torch.autograd.grad(class_loss(kind, logits, labels, known)[0], logits)
     assert grad.isfinite().all() and not grad[(~known)[:, None].expand_as(grad)].any()
     loss, weight = class_loss(kind, logits, labels, torch.zeros_like(known))

@@ -1,5 +1,7 @@
-"""`dinoray segment volume`: blocks give what the whole gives, any cut into units gives equal bytes, kills leave nothing behind, bad input is
-refused or quarantined."""
+"""`dinoray segment volume`: blocks give what the whole gives, any cut into units gives equal bytes.
+
+Kills leave nothing behind, bad input is refused or quarantined.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,8 @@ def test_with_a_margin_of_the_receptive_radius_probabilities_are_those_of_the_wh
 def test_any_cut_into_units_gives_equal_bytes(source, tmp_path, monkeypatch, fusion, fields) -> None:
     use_tiny_backbone(monkeypatch)
     monkeypatch.setattr("dinoray.vision.fusion_checkpoint.load_backbone", lambda *args, dtype, **rest: tiny_backbone().to(dtype))
-    checkpoint, _, _ = make_checkpoint(tmp_path / "c", target="affinities", fusion=fusion, inputs="raw" if fusion == "none" else "both")
+    checkpoint, _, _ = make_checkpoint(tmp_path / "c", target="affinities", fusion=fusion,
+                                       inputs="raw" if fusion == "none" else "both")
     outs = []
     for windows in (1, 3, 100):
         outs.append(tmp_path / str(windows))
@@ -115,7 +118,8 @@ def test_raw_finer_than_labels_and_a_volume_that_is_no_multiple(tmp_path) -> Non
     scale, translation = ome["multiscales"][0]["datasets"][0]["coordinateTransformations"]
     assert scale["scale"] == [16, 16, 16] and translation["translation"] == [104, 4, 4] and "image-label" in ome
     ome_zarr_models = pytest.importorskip("ome_zarr_models")
-    assert type(ome_zarr_models.open_ome_zarr(zarr.open_group(tmp_path / "out/labels.zarr", mode="r"))).__name__.startswith("ImageLabel")
+    opened = ome_zarr_models.open_ome_zarr(zarr.open_group(tmp_path / "out/labels.zarr", mode="r"))
+    assert type(opened).__name__.startswith("ImageLabel")
 
 
 # ---------------------------------------------------------------- kills, damage, refusals
@@ -158,8 +162,8 @@ def test_windows_that_cannot_be_read_are_background_and_their_block_is_quarantin
 
 @pytest.mark.parametrize(("fields", "message"), [
     ({"threshold": 0.3}, "predicts classes"), ({"tokens": "x"}, "looks at no tokens"), ({"window_voxels": 18}, "multiples of 4"),
-    ({"halo_voxels": 8}, "at least 4 times"), ({"max_output_bytes": 10}, "--max-output-bytes"), ({"memory_bytes": 1000}, "--memory-bytes"),
-    ({"raw_voxel_size": 8.0}, "16 nm"), ({"crop": "0:99,0:10,0:10"}, "crop")])
+    ({"halo_voxels": 8}, "at least 4 times"), ({"max_output_bytes": 10}, "--max-output-bytes"),
+    ({"memory_bytes": 1000}, "--memory-bytes"), ({"raw_voxel_size": 8.0}, "16 nm"), ({"crop": "0:99,0:10,0:10"}, "crop")])
 def test_what_cannot_be_done_is_refused_before_work_starts(source, tmp_path, fields, message) -> None:
     checkpoint, _, _ = make_checkpoint(tmp_path / "c")
     with pytest.raises(BadRequest, match=message):

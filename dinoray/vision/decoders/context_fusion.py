@@ -36,7 +36,8 @@ class FusionInput:
     """A batch of crops of one size.
 
     `raw` [B, r, Z, Y, X]: r raw voxels per label voxel (space-to-depth where raw is finer); `tokens` of the crop, with the grid
-    `crop`; `context` tokens with the grids `crop/0`.. (of the crop padded to the UNet's multiple) and `cells`. `context_valid` [B, K]: cells that hold some of the volume.
+    `crop`; `context` tokens with the grids `crop/0`.. (of the crop padded to the UNet's multiple) and `cells`.
+    `context_valid` [B, K]: cells that hold some of the volume.
     `crop_nm`, `cells_nm`: for z, y, x the centres [B, n] of label voxels and of cells, float64; `half_side_nm` [3] of the context.
     """
 
@@ -62,8 +63,8 @@ class ContextFusionUNet(nn.Module):
     """FusionInput -> logits [B, outputs, Z, Y, X] float32."""
 
     def __init__(self, outputs: int, *, raw_channels: int = 1, token_dim: int | None = None, own_tokens: bool = True,
-                 fusion: str = "full", base: int = 32, levels: int = 4, norm: str = "layer", upsampling: str = "trilinear", dropout: float = 0.0,
-                 checkpointing: bool = False, heads: int = 4):
+                 fusion: str = "full", base: int = 32, levels: int = 4, norm: str = "layer", upsampling: str = "trilinear",
+                 dropout: float = 0.0, checkpointing: bool = False, heads: int = 4):
         """`raw_channels`: r, 0 for none. `token_dim`: C of the backbone, None without one; `own_tokens`: whether the crop's own
         tokens are looked at (a context always is tokens). Raises BadRequest for nothing to look at."""
         super().__init__()

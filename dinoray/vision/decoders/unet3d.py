@@ -151,7 +151,8 @@ class UNet3D(nn.Module):
     def receptive_radius(self) -> int:
         """Farthest voxel along an axis that an output depends on: the halo with which blocks equal the whole. Exact for the
         architecture: intervals are followed from each place in a pooling cell to the input."""
-        return max(max(x - low, high - x) for x in range(self.multiple, 2 * self.multiple) for low, high in [self._decoded(0, x, x)])
+        return max(max(x - low, high - x)
+                   for x in range(self.multiple, 2 * self.multiple) for low, high in [self._decoded(0, x, x)])
 
     def _decoded(self, level: int, low: int, high: int) -> tuple[int, int]:
         """Input voxels (of level 0) that the decoder's outputs [low, high] of a level depend on."""

@@ -26,7 +26,8 @@ def token_planes(raw: VoxelGrid, target: VoxelGrid) -> dict[str, VoxelGrid]:
     return {plane: token_grid(raw, target, plane, PATCH) for plane in ("xy", "xz", "yz")}
 
 
-def given(batch: int = 2, *, fusion: str = "full", seed: int = 0, shift: float = 0.0, raw: bool = True, own: bool = True) -> FusionInput:
+def given(batch: int = 2, *, fusion: str = "full", seed: int = 0, shift: float = 0.0,
+          raw: bool = True, own: bool = True) -> FusionInput:
     generator = torch.Generator().manual_seed(seed)
     found, shape = FusionInput(), FusionShape(fusion, 2, 4, own)
     if raw:

@@ -1,4 +1,4 @@
-"""The 3D UNet: shapes, independence of batch and crop, the receptive radius, blocks against the whole, memory that checkpointing saves."""
+"""The 3D UNet: shapes, independence of batch and crop, receptive radius, blocks against the whole, what checkpointing saves."""
 
 from __future__ import annotations
 
