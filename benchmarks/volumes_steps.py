@@ -3,8 +3,8 @@
     python -m benchmarks.volumes_steps [--repeats 5] [--skip-speed] [--skip-memory]
 
 Speed: vits16 (random weights), raw:label voxels 1:4, crops of 64^3, b = 16, the same crops with tokens computed and with tokens
-given, in turn. Memory: peaks (VmHWM) of fresh processes, above the process with the model loaded, of the extraction alone and of a
-UNet step alone, beside the forecast of dinoray.memory.fusion.
+given, in turn. Memory: peaks (VmHWM) of fresh processes, above the process with the model loaded, of the extraction and of the
+UNet's step, beside the forecast of dinoray.training.fusion_memory.
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ import statistics
 import subprocess
 import sys
 import time
+from typing import Any
 
 import numpy as np
 import torch
 
 from benchmarks.common import hardware, table
-from dinoray.memory.fusion import CropShapes, extraction_bytes, unet_bytes
-from dinoray.memory.meter import reset_rss_peak, rss, rss_peak
+from dinoray.training.fusion_memory import FirstStep, forecast
 from dinoray.vision.crop_features import crop_tokens, planes_for
-from dinoray.vision.fusion_model import FusionRecord, VolumeCrop, new_model
+from dinoray.vision.fusion_model import FusionModel, FusionRecord, VolumeCrop, new_model
 from dinoray.vision.voxel_grids import VoxelGrid
 from dinoray.vision.weights import load_backbone
 
 NM = 16.0
-SETTINGS = [(16, 1, 64, 4), (16, 2, 64, 4), (24, 1, 64, 4), (32, 1, 64, 4)]
-"""(base channels, volumes per batch, crop, raw voxels per label voxel) of the memory table."""
+SETTINGS = [(16, 1, 64, 4, "float32"), (16, 2, 64, 4, "float32"), (24, 1, 64, 4, "float32"), (32, 1, 64, 4, "float32"),
+            (16, 2, 64, 4, "bfloat16"), (32, 2, 64, 4, "bfloat16")]
+"""(base channels, volumes per batch, crop, raw voxels per label voxel, precision) of the memory table."""
 
 
 def crop_of(side: int, factor: int, seed: int) -> VolumeCrop:
@@ -75,50 +76,53 @@ def speed(repeats: int) -> None:
     print(f"stored tokens: {statistics.median(ratios):.2f} times as fast (rounds {min(ratios):.2f} to {max(ratios):.2f})\n")
 
 
-def measure(phase: str, base: int, volumes: int, side: int, factor: int) -> None:
-    """In a fresh process: print the forecast and the peak of a phase."""
-    model = model_of(base, factor).train()
-    crops = [crop_of(side, factor, i) for i in range(volumes)]
-    config = model.backbone.config
-    shapes = CropShapes((side,) * 3, (factor,) * 3, 3, config.patch_size, config.dim)
-    before, raw = rss(), volumes * shapes.raw_voxels * 4
-    reset_rss_peak()
-    if phase == "extraction":
-        model.prepare(crops)
-        forecast = extraction_bytes(shapes, volumes=volumes, slice_batch=32, itemsize=4)
-    else:
-        model.backbone = None
-        tokens = {p: (np.zeros((config.dim, *(n if a == i else -(-n * factor // config.patch_size)
-                                              for a, n in enumerate((side,) * 3))),
-                               np.float32)) for i, p in enumerate(("xy", "xz", "yz"))}
-        grids = {p: VoxelGrid(t.shape[1:], *_placed(t.shape[1:], side * NM * factor)) for p, t in tokens.items()}
-        crops = [VolumeCrop(c.target_grid, c.raw, c.raw_grid, tokens={p: (tokens[p], grids[p]) for p in tokens}) for c in crops]
-        given = model.prepare(crops)
-        before = rss()
-        reset_rss_peak()
-        step(model, torch.optim.AdamW(model.unet.parameters()), given)
-        forecast = unet_bytes(shapes, volumes=volumes, base=base, levels=4,
-                              parameters=sum(p.numel() for p in model.unet.parameters()),
-                              in_values=factor**3, itemsize=4, checkpointing=False)
-    print(json.dumps({"forecast": forecast, "measured": rss_peak() - before, "raw": raw}))
+class Steps:
+    """What `forecast` and a step need of a task: a model and its loss, on crops in memory."""
+
+    def __init__(self, model: FusionModel):
+        self.model = model
+        self.first = FirstStep(torch.device("cpu"))
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [{"params": list(self.model.unet.parameters())}]
+
+    def loss(self, samples: list[VolumeCrop]) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = self.model.unet(self.model.prepare(samples))
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, torch.zeros_like(logits), reduction="sum")
+        return loss, torch.tensor(1.0)
 
 
-def _placed(shape, extent: float):
-    pitch = tuple(extent / n for n in shape)
-    return tuple(-(n - 1) / 2 * p for n, p in zip(shape, pitch, strict=True)), pitch
+def measure(base: int, volumes: int, side: int, factor: int, precision: str) -> None:
+    """In a fresh process: print the forecast and the peak of each phase of one step."""
+    task = Steps(model_of(base, factor).train())
+    crops, autocast = [crop_of(side, factor, i) for i in range(volumes)], torch.bfloat16 if precision == "bfloat16" else None
+    forecast_ = forecast(task, crops, autocast)  # type: ignore[arg-type]
+    optimizer = torch.optim.AdamW(task.parameter_groups())
+    task.model.unet.register_forward_pre_hook(lambda module, args: task.first.extracted())
+    task.first.began()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast is not None):
+        loss, _ = task.loss(crops)
+    loss.backward()
+    optimizer.step()
+    task.first.ended()
+    shapes = task.model.backbone.config
+    fused = volumes * shapes.dim * side**3 * 4
+    print(json.dumps({"forecast": forecast_, "measured": task.first.peaks, "fused": fused}))
 
 
 def memory() -> None:
+    """The table of forecasts and peaks."""
     rows = []
     for settings in SETTINGS:
-        for phase in ("extraction", "unet"):
-            out = subprocess.run([sys.executable, "-m", "benchmarks.volumes_steps", "--measure", phase, *map(str, settings)],
-                                 capture_output=True, text=True, check=True).stdout
-            found = json.loads(out.splitlines()[-1])
-            rows.append([f"b={settings[0]}, {settings[1]} volumes, {settings[2]}^3, 1:{settings[3]}", phase,
-                         f"{found['forecast'] / 2**20:.0f}", f"{found['measured'] / 2**20:.0f}",
-                         f"{found['forecast'] / found['measured'] - 1:+.0%}"])
-    print(table(["settings", "phase", "forecast (MiB)", "measured (MiB)", "apart"], rows))
+        out = subprocess.run([sys.executable, "-m", "benchmarks.volumes_steps", "--measure", *map(str, settings)],
+                             capture_output=True, text=True, check=True).stdout
+        found = json.loads(out.splitlines()[-1])
+        for phase, forecast_ in found["forecast"].items():
+            measured = found["measured"][phase]
+            rows.append([f"b={settings[0]}, {settings[1]} volumes, {settings[2]}^3, 1:{settings[3]}, {settings[4]}", phase,
+                         f"{forecast_ / 2**20:.0f}", f"{measured / 2**20:.0f}", f"{forecast_ / measured - 1:+.0%}",
+                         f"{found['fused'] / 2**20:.0f}" if phase == "extraction" else ""])
+    print(table(["settings", "phase", "forecast (MiB)", "measured (MiB)", "apart", "one fused copy (MiB)"], rows))
 
 
 def main() -> None:
@@ -126,10 +130,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--skip-speed", action="store_true")
     parser.add_argument("--skip-memory", action="store_true")
-    parser.add_argument("--measure", nargs=5)
+    parser.add_argument("--measure", nargs=5, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.measure:
-        measure(given.measure[0], *map(int, given.measure[1:]))
+        measure(*map(int, given.measure[:4]), given.measure[4])
         return
     print(hardware())
     if not given.skip_speed:

@@ -1,7 +1,8 @@
 """Settings of the context-fusion training that fit a card: what `memory_level` stands for, field by field.
 
 A field that the job gives itself is not touched. The levels are those of the system that this training grew from (24, 16, 12 GB,
-and a CPU), in sizes that are possible: what a step takes is forecast and printed before the first one (dinoray.memory.fusion).
+and a CPU), in sizes that are possible: what a step takes is forecast and printed before the first one
+(dinoray.training.fusion_memory).
 """
 
 from __future__ import annotations

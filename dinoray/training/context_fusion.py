@@ -19,6 +19,7 @@ import torch
 from dinoray.config.fusion import TrainContextFusionJob
 from dinoray.errors import SystemicError
 from dinoray.io.volume_grid import Shape
+from dinoray.training.fusion_memory import FirstStep
 from dinoray.training.parameters import parameter_groups
 from dinoray.training.sampling import bounded_map
 from dinoray.training.volume_regions import Region
@@ -66,6 +67,9 @@ class ContextFusionTask:
         self.train, self.validation = CropSampler(job, train), CropSampler(job, validation)
         self.class_weights = None if class_weights is None else torch.from_numpy(class_weights.astype(np.float32))
         self._extraction_s = 0.0
+        self._first: FirstStep | None = None
+        self.measured: dict[str, int] = {}
+        """Bytes of each phase of the first step of this process, once it is over."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return parameter_groups(self.model.unet, self.job.learning_rate, self.job.weight_decay)
@@ -96,11 +100,18 @@ class ContextFusionTask:
     # ---------------------------------------------------------------- steps
 
     def loss(self, samples: list[Sample]) -> Pair:
+        first = self._first
+        if first is not None and first.peaks:  # accumulating: the largest of the step's micro-batches is the first
+            first = None
+        if first is not None:
+            first.began()
         began = time.perf_counter()
         given = self.model.prepare([s.sample.crop for s in samples])
         if given.raw is not None and given.raw.is_cuda:
             torch.cuda.synchronize()  # or the time would be that of asking, not of doing
         self._extraction_s += time.perf_counter() - began
+        if first is not None:
+            first.extracted()
         logits = self.model.unet(given)
         device = logits.device
         target, known = (torch.from_numpy(np.stack([getattr(s, name) for s in samples])).to(device) for name in ("target", "known"))
@@ -119,6 +130,18 @@ class ContextFusionTask:
         """Seconds of the extraction (slices through the backbone, or stored tokens and matrices) since it was last asked for."""
         seconds, self._extraction_s = self._extraction_s, 0.0
         return {"extraction": seconds}
+
+    def measure_first(self) -> None:
+        """Measure the memory of the next step."""
+        self._first = FirstStep(next(self.model.unet.parameters()).device)
+
+    def after_step(self) -> dict[str, Any]:
+        """Facts of this process that the step which is just over has shown."""
+        if self._first is None:
+            return {}
+        self._first.ended()
+        self.measured, self._first = self._first.peaks, None
+        return {"memory": self.measured}
 
     # ---------------------------------------------------------------- validation
 

@@ -44,6 +44,8 @@ def run_context_fusion(spec: TrainingSpec, workers: Workers, report: Report) -> 
     model = build_model(job, spec.weights or None, spec.digest or None, train[0].factor)
     weights = class_weights(torch.tensor(survey["counts"])).numpy() if job.target == "classes" and job.class_balance else None
     task = ContextFusionTask(job, spec.fingerprint, model, train, validation, weights)
+    if workers.is_first:
+        task.measure_first()
     check = still_ours(spec, store)
     progress = fit(job, task, workers, store, report=report, check=check, run_name=spec.token)
     if progress.ended:

@@ -32,6 +32,8 @@ class Journal:
         """How often the workers of this run began, with this time."""
         self.began = progress.step
         """The step that they went on from."""
+        self.facts: dict[str, Any] = {}
+        """What the first worker found out about itself."""
         self._told = time.monotonic()
         self._temporary = None if isinstance(store, LocalStore) else tempfile.TemporaryDirectory(prefix="dinoray-board-")
         self.folder = Path(store.root) / BOARD if isinstance(store, LocalStore) else Path(self._temporary.name)  # type: ignore[union-attr]
@@ -48,6 +50,11 @@ class Journal:
         if time.monotonic() - self._told >= PROGRESS_EVERY_S or step >= self.steps:
             self._told = time.monotonic()
             self.store.put(PROGRESS_KEY, json.dumps(self._now(progress)).encode())
+
+    def note(self, facts: dict[str, Any], progress: Progress) -> None:
+        """Tell a fact of this process."""
+        self.facts |= facts
+        self.store.put(PROGRESS_KEY, json.dumps(self._now(progress)).encode())
 
     def keep(self) -> None:
         """Make the board durable; called before each saved state."""
@@ -66,7 +73,7 @@ class Journal:
         figures: dict[str, Any] = {}
         for row in progress.history[-200:]:
             figures |= row
-        return figures | {"step": progress.step, "steps": self.steps, "seconds": round(progress.seconds, 1),
+        return self.facts | figures | {"step": progress.step, "steps": self.steps, "seconds": round(progress.seconds, 1),
                           "best_loss": progress.best_loss if progress.best_step else None, "best_step": progress.best_step,
                           "ended": progress.ended, "workers": self.workers, "micro_batch": progress.micro_batch,
                           "run": self.run, "starts": self.starts, "began": self.began}

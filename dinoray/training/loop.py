@@ -35,7 +35,8 @@ STOP_LOOK_S = 5.0
 
 
 class Task(Protocol):
-    """What is learned. A task may have `spent()`: seconds by the name of a part of its steps, since it was last asked."""
+    """What is learned. A task may have `spent()`: seconds by the name of a part of its steps, since it was last asked; and
+    `after_step()`: facts of this process that the step has shown, for whoever watches."""
 
     fingerprint: str
     model: nn.Module
@@ -224,6 +225,9 @@ class _Run:
         progress.losses.append(loss)
         self.stepped += 1
         self.stepping_s += time.monotonic() - self.stepping_since
+        facts = getattr(self.task, "after_step", dict)()
+        if facts and self.journal is not None:
+            self.journal.note(facts, progress)
         step = progress.step
         if step % job.log_every == 0 or step == job.steps:
             row = {"step": step, "loss": sum(progress.losses) / len(progress.losses), "lr": lr, "grad_norm": grad_norm,

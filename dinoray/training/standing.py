@@ -67,6 +67,11 @@ def figures(progress: dict[str, Any]) -> str:
     return "  ".join(words)
 
 
+def memory_words(peaks: dict[str, int]) -> str:
+    """Bytes of the phases of a step: `extraction 280 MiB, UNet step 540 MiB`."""
+    return f"extraction {peaks['extraction'] / 2**20:.0f} MiB, UNet step {peaks['step'] / 2**20:.0f} MiB"
+
+
 def standing_lines(store: Store, record: dict[str, Any]) -> Iterator[str]:
     """What `status` says of a training; `record` is its job.json."""
     progress, busy = read_progress(store), at_work(store)
@@ -100,6 +105,7 @@ class Watch(threading.Thread):
         self._end = threading.Event()
         self._told, self._next, self._micro_batch = -1, 0.0, 0
         self._starts, self._failures = 1, 0
+        self._memory: dict[str, int] = {}
 
     def __enter__(self) -> Watch:
         self.start()
@@ -137,6 +143,9 @@ class Watch(threading.Thread):
         if found["micro_batch"] != self._micro_batch:
             self._micro_batch = found["micro_batch"]
             self.say(f"a device ran out of memory: micro-batches of {self._micro_batch} from here on")
+        if found.get("memory", {}) != self._memory:
+            self._memory = found["memory"]
+            self.say(f"memory of the first step, measured: {memory_words(self._memory)}")
         if found["step"] != self._told and time.monotonic() >= self._next:
             self._told, self._next = found["step"], time.monotonic() + TELL_S
             self.say(figures(found))

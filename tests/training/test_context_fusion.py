@@ -10,7 +10,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -27,7 +26,7 @@ from dinoray.vision.fusion_model import new_model
 from tests.runs import tiny_backbone
 from tests.training import group
 from tests.training.toys import assert_same_state, last_state, timeless
-from tests.training.volumes import build, fusion_job, make_pair, write_volume
+from tests.training.volumes import build, fusion_job, make_pair
 
 WITH_CONTEXT = {"inputs": "both", "fusion": "full", "model": "vitt16", "weights": "random", "context_factor": 2, "context_cells": 4}
 
@@ -105,21 +104,3 @@ def test_it_learns_what_raw_shows(tmp_path: Path) -> None:
     job = build(fusion_job(make_pair(tmp_path, classes=True), tmp_path / "out", steps=60, validate_every=60, checkpoint_every=60))
     history = fit(job, make_task(job), Workers(), LocalStore(job.out)).history
     assert history[-1]["val_iou"] > 0.8
-
-
-def outside_decides(folder: Path, seed: int) -> tuple[Path, Path]:
-    """Along x, slabs of 48 voxels without anything alternate with slabs of 48 that are bright or dark by blocks of 32 x 32 in z and
-    y. The label of a voxel in the middle 16 of an empty slab is whether the next slab is bright beside it: 16 voxels away at least,
-    so that no crop of 16 voxels that holds a label shows anything. All other voxels are not known."""
-    rng = np.random.default_rng(seed)
-    shape, slab = (96, 96, 96 * 4), 48
-    signs = rng.integers(0, 2, (3, 3, 4)).astype(bool)
-    bright = np.kron(signs, np.ones((32, 32, 1), bool))  # [z, y, slab]
-    raw, labels = np.full(shape, 120.0), np.full(shape, 255, np.uint8)
-    for k in range(4):
-        start = 2 * k * slab
-        raw[:, :, start + slab:start + 2 * slab] = np.where(bright[:, :, k], 200, 40)[:, :, None]
-        labels[:, :, start + 16:start + 32] = bright[:, :, k, None]
-    raw += 4 * rng.standard_normal(shape)
-    return (write_volume(folder / "raw.zarr", np.clip(raw, 0, 255).astype(np.uint8), (8.0,) * 3),
-            write_volume(folder / "labels.zarr", labels, (8.0,) * 3))
