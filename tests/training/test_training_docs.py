@@ -1,4 +1,7 @@
-"""docs/training.md against the code. `python -m tests.training.test_training_docs` prints its tables anew."""
+"""docs/training.md and docs/training-volumes.md against the code.
+
+`python -m tests.training.test_training_docs` prints their tables anew.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,11 @@ from pydantic import BaseModel
 
 from dinoray.config import TrainDistanceMapJob, build_job, read_job_file
 from dinoray.config.augmentation import Augmentation
+from dinoray.config.fusion import TrainContextFusionJob, VolumeAugmentation
 from dinoray.config.labelled import LabelledSource
+from dinoray.config.memory_levels import LEVELS
 from dinoray.config.training import TRAINING_EXECUTION_FIELDS, TrainingJob
+from dinoray.config.volume_labels import LabelledVolume
 from dinoray.request import KEY
 from dinoray.training.card import model_card
 from dinoray.training.journal import BOARD, HISTORY_KEY
@@ -21,6 +27,7 @@ from dinoray.training.states import PREFIX
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "training.md").read_text()
+VOLUMES = (ROOT / "docs" / "training-volumes.md").read_text()
 
 
 def rows(model: type[BaseModel], without: type[BaseModel] | None = None) -> list[str]:
@@ -43,16 +50,27 @@ def _shown(value: object) -> str:
 
 
 TABLES = [rows(TrainingJob), rows(TrainDistanceMapJob, TrainingJob), rows(LabelledSource), rows(Augmentation)]
+VOLUME_TABLES = [rows(TrainContextFusionJob, TrainingJob), rows(LabelledVolume), rows(VolumeAugmentation)]
 
 
-@pytest.mark.parametrize("number", range(4))
-def test_every_field_stands_there_with_its_default_and_docstring(number: int) -> None:
-    assert len(TABLES[number]) > 6
-    missing = [row for row in TABLES[number] if row not in TEXT]
+@pytest.mark.parametrize(("text", "tables"), [(TEXT, TABLES), (VOLUMES, VOLUME_TABLES)], ids=["cells", "volumes"])
+def test_every_field_stands_there_with_its_default_and_docstring(text: str, tables: list[list[str]]) -> None:
+    assert all(len(table) > 6 for table in tables)
+    known = {row for table in tables for row in table}
+    missing = [row for row in known if row not in text]
     assert not missing, "\n".join(missing)
-    known = {row for table in TABLES for row in table}
-    fields = TEXT[TEXT.index("## Fields of the job"):]
+    fields = text[text.index("## Fields of the job"):]
     assert [line for line in fields.splitlines() if line.startswith("| `") and line not in known] == []
+
+
+def test_the_levels_of_memory_stand_there() -> None:
+    fields = list(next(iter(LEVELS.values())))
+    header = next(line for line in VOLUMES.splitlines() if line.startswith("| level |"))
+    assert sorted(header.strip("| ").split(" | ")[1:]) == sorted(fields)
+    for name, values in LEVELS.items():
+        cells = [str(values[field]).lower() if isinstance(values[field], bool) else str(values[field])
+                 for field in header.strip("| ").split(" | ")[1:]]
+        assert f"| `{name}` | {' | '.join(cells)} |" in VOLUMES
 
 
 def test_what_it_says_of_the_output_is_so() -> None:
@@ -76,6 +94,14 @@ def test_its_job_and_the_example_are_jobs() -> None:
     assert example.model == "vits16" and example.out == "x"
 
 
+def test_the_job_of_volumes_and_its_example_are_jobs() -> None:
+    block = re.search(r"```yaml\n(.*?)```", VOLUMES, re.DOTALL)
+    assert block is not None
+    assert build_job(TrainContextFusionJob, yaml.safe_load(block[1])).target == "affinities"
+    values = read_job_file(ROOT / "jobs/configs/train_context_fusion.yaml", ["out=x"], TrainContextFusionJob)
+    assert build_job(TrainContextFusionJob, values).out == "x"
+
+
 if __name__ == "__main__":
-    for table in TABLES:
+    for table in [*TABLES, *VOLUME_TABLES]:
         print("\n".join(["| field | default | meaning |", "|---|---|---|", *table, ""]))
