@@ -6,6 +6,7 @@ of the crop decides.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,18 @@ import pytest
 import torch
 
 from dinoray.config.fusion import TrainContextFusionJob
+from dinoray.errors import BadRequest
 from dinoray.io.stores import LocalStore
 from dinoray.io.volume_grid import Triple
+from dinoray.train import train as train_volumes
 from dinoray.training.context_fusion import ContextFusionTask, record_of
+from dinoray.training.fusion_memory import forecast
 from dinoray.training.loop import fit
 from dinoray.training.sampling import micro_batches
 from dinoray.training.steps import Stepper
 from dinoray.training.volume_regions import Region
 from dinoray.training.workers import Workers
+from dinoray.vision.fusion_checkpoint import read_fusion_config
 from dinoray.vision.fusion_model import new_model
 from tests.runs import tiny_backbone
 from tests.training import group
@@ -104,3 +109,45 @@ def test_it_learns_what_raw_shows(tmp_path: Path) -> None:
     job = build(fusion_job(make_pair(tmp_path, classes=True), tmp_path / "out", steps=60, validate_every=60, checkpoint_every=60))
     history = fit(job, make_task(job), Workers(), LocalStore(job.out)).history
     assert history[-1]["val_iou"] > 0.8
+
+
+def lone_cube(folder: Path, shape: tuple[int, int, int] = (48, 48, 96)) -> tuple[Path, Path]:
+    """One bright cube of label 1 in a corner: most crops are background alone."""
+    raw, labels = np.full(shape, 50, np.uint8), np.zeros(shape, np.uint8)
+    raw[4:14, 4:14, 4:14], labels[4:14, 4:14, 4:14] = 200, 1
+    raw[::2] += 3
+    return write_volume(folder / "raw.zarr", raw, (16.0,) * 3), write_volume(folder / "labels.zarr", labels, (16.0,) * 3)
+
+
+@pytest.mark.parametrize("loss", ["focal_dice", "cross_entropy", "tversky"])
+def test_crops_of_background_alone_and_a_class_that_never_occurs(loss: str, tmp_path: Path) -> None:
+    pair, lines = lone_cube(tmp_path), []
+    parts = [{"raw": str(pair[0]), "labels": str(pair[1]), "region": f"0:48,0:48,{x}"} for x in ("0:40", "56:96")]
+    job = build(fusion_job(pair, tmp_path / "out", train=parts[:1], validation=parts[1:], loss=loss, steps=4, validate_every=2,
+                           classes=["background", "object", "never"]))
+    train_volumes(job, lines.append)
+    assert any("class 2 (never) does not occur" in line for line in lines), lines
+    history = LocalStore(job.out).get("history.json")
+    assert all(np.isfinite(value) for row in json.loads(history) for name, value in row.items() if "loss" in name)
+    config = read_fusion_config(f"{job.out}/checkpoint")
+    assert np.isfinite(config.metrics["validation_loss"])
+    with pytest.raises(BadRequest, match="background alone"):
+        train_volumes(build(fusion_job(pair, tmp_path / "none", train=parts[1:], validation=parts[:1])), lines.append)
+
+
+def test_the_memory_of_a_step_is_forecast_and_measured(tmp_path: Path) -> None:
+    lines: list[str] = []
+    job = build(fusion_job(make_pair(tmp_path, (24, 24, 48), classes=True), tmp_path / "out", steps=2, validate_every=2))
+    parts = [job.train[0].model_copy(update={"region": f"0:24,0:24,{x}"}) for x in ("0:22", "24:48")]
+    train_volumes(job.model_copy(update={"train": tuple(parts[:1]), "validation": tuple(parts[1:])}), lines.append)
+    told = [line for line in lines if line.startswith("memory of ")]
+    assert len(told) == 2 and "forecast" in told[0] and "measured" in told[1], lines
+    task = make_task(job)
+    sizes = [forecast(task, [task.sample(i) for i in range(n)], None) for n in (1, 2, 4)]
+    assert sizes[0]["step"] < sizes[1]["step"] < sizes[2]["step"]
+    assert all(p.grad is None for p in task.model.parameters())
+    # activations double with the micro-batch; weights, gradients and moments do not
+    grown = [b["step"] - a["step"] for a, b in zip(sizes, sizes[1:], strict=False)]
+    assert grown[1] == pytest.approx(2 * grown[0], rel=0.05)
+    half = forecast(task, [task.sample(0)], torch.bfloat16)
+    assert half["step"] < sizes[0]["step"] * 1.2
