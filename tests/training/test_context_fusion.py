@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,7 +32,7 @@ from dinoray.vision.fusion_model import new_model
 from tests.runs import tiny_backbone
 from tests.training import group
 from tests.training.toys import assert_same_state, last_state, timeless
-from tests.training.volumes import build, fusion_job, make_pair
+from tests.training.volumes import build, fusion_job, make_pair, write_volume
 
 WITH_CONTEXT = {"inputs": "both", "fusion": "full", "model": "vitt16", "weights": "random", "context_factor": 2, "context_cells": 4}
 
