@@ -165,7 +165,9 @@ class ContextFusionTask:
         figures = {"loss": total / count}
         if job.target == "classes":
             scores = class_scores(np.array(cells).reshape(table.shape), list(job.classes))
-            figures["iou"] = float(np.nanmean([s.iou for s in scores[1:]] or [0.0]))
+            found = [s.iou for s in scores[1:] if s.iou == s.iou]
+            if found:  # of validation crops that hold background alone there is none
+                figures["iou"] = float(np.mean(found))
         return figures
 
     def figures(self, workers: Workers) -> tuple[dict[str, float], float]:

@@ -107,7 +107,8 @@ def test_interrupted_anywhere_it_ends_the_same(fields: dict[str, Any], tmp_path:
 
 
 def test_it_learns_what_raw_shows(tmp_path: Path) -> None:
-    job = build(fusion_job(make_pair(tmp_path, classes=True), tmp_path / "out", steps=60, validate_every=60, checkpoint_every=60))
+    job = build(fusion_job(make_pair(tmp_path, classes=True), tmp_path / "out", steps=100, validate_every=100, checkpoint_every=100,
+                           learning_rate=0.003))
     history = fit(job, make_task(job), Workers(), LocalStore(job.out)).history
     assert history[-1]["val_iou"] > 0.8
 
@@ -138,7 +139,7 @@ def test_crops_of_background_alone_and_a_class_that_never_occurs(loss: str, tmp_
 
 def test_the_memory_of_a_step_is_forecast_and_measured(tmp_path: Path) -> None:
     lines: list[str] = []
-    job = build(fusion_job(make_pair(tmp_path, (24, 24, 48), classes=True), tmp_path / "out", steps=2, validate_every=2))
+    job = build(fusion_job(make_pair(tmp_path, (24, 24, 48), classes=True), tmp_path / "out", steps=4))
     parts = [job.train[0].model_copy(update={"region": f"0:24,0:24,{x}"}) for x in ("0:22", "24:48")]
     train_volumes(job.model_copy(update={"train": tuple(parts[:1]), "validation": tuple(parts[1:])}), lines.append)
     told = [line for line in lines if line.startswith("memory of ")]

@@ -17,7 +17,8 @@ def write_volume(folder: Path, values: np.ndarray, voxel_nm: tuple[float, float,
                  translation_nm: tuple[float, float, float] | None = None) -> Path:
     """An OME-Zarr 0.5 of one level. By default its outer corner is at the origin, as that of any other level of the same place."""
     array = zarr.create_array(folder / "0", shape=values.shape, dtype=values.dtype,
-                              chunks=tuple(min(32, n) for n in values.shape), zarr_format=3)
+                              chunks=tuple(min(32, n) for n in values.shape), zarr_format=3,
+                              config={"write_empty_chunks": True})
     array[:] = values
     if translation_nm is None:
         translation_nm = tuple(v / 2 for v in voxel_nm)  # type: ignore[assignment]

@@ -64,7 +64,7 @@ def test_with_a_margin_of_the_receptive_radius_probabilities_are_those_of_the_wh
     radius = model.unet.unet.receptive_radius
     halo = -(-radius // 4) * 4
     lines = run(source, checkpoint, tmp_path / "out", window_voxels=4 * halo,
-                halo_voxels=halo, blend=False, probabilities=target == "classes", probability_dtype="float32")
+                halo_voxels=halo, blend=False, unit_windows=1, probabilities=target == "classes", probability_dtype="float32")
     assert any(f"receptive radius {radius}" in line and "blocks give exactly" in line for line in lines)
     logits = whole(model, source, open_run(str(tmp_path / "out"))[1].facts["limits"])
     expected = torch.softmax(torch.from_numpy(logits), 0).numpy() if target == "classes" else 1 / (1 + np.exp(-logits))

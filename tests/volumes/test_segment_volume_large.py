@@ -53,7 +53,8 @@ def test_with_tokens_from_the_store_blocks_give_what_the_whole_gives(tmp_path: P
     halo = -(-model.unet.unet.receptive_radius // 4) * 4
     lines: list[str] = []
     segment_volume(segment_job(source, checkpoint, tmp_path / "out", tokens=str(tmp_path / "tokens"), window_voxels=4 * halo,
-                               halo_voxels=halo, blend=False, probabilities=True, probability_dtype="float32"), lines.append)
+                               halo_voxels=halo, blend=False, unit_windows=1, probabilities=True,
+                               probability_dtype="float32"), lines.append)
     assert any("blocks give exactly" in line for line in lines), lines
     facts = open_run(str(tmp_path / "out"))[1].facts
     low, high = facts["limits"]
