@@ -99,14 +99,14 @@ def finish(job: TrainDistanceMapJob, spec: TrainingSpec, task: DistanceMapTask, 
     train_survey = stored_survey(store, "train")
     config = checkpoint_config(job, spec, task.model, train_survey)
     segmenter = segmenter_of(job, task, config)
-    peak, fill, figures = choose_thresholds(job, task, segmenter, workers)
+    chosen, figures = choose_thresholds(job, task, segmenter, workers)
     if not workers.is_first:
         workers.barrier()
         return
-    config = config.model_copy(update={"peak": peak, "fill": fill, "metrics": figures, "training": training_facts(
+    config = config.model_copy(update={**chosen, "metrics": figures, "training": training_facts(
         job, spec, store, task, state["step"], progress)})
-    store_examples(store, task.validation, segmenter.distance,
-                   peak=peak, fill=fill)
+    store_examples(store, task.validation, segmenter.distance, peak=chosen["peak"], fill=chosen["fill"], markers=chosen["markers"],
+                   h=chosen["marker_height"])
     reach("train.checkpoint")
     check()
     save_checkpoint(store, CHECKPOINT, task.model, config, model_card)
