@@ -197,7 +197,7 @@ class Bench:
                 return [otsu_watershed(_planes(pool, i), *best) for i in range(len(pool))]
         else:
             model = self.trained(name.split("_")[0], folder)
-            settings, ap50 = best_settings(self.maps(name, model, "validation", validation), truths)
+            settings, ap50 = ranked_settings(self.maps(name, model, "validation", validation), truths)[0]
             chosen = {**settings, "validation_ap50": ap50}
 
             def labels(which: str, pool: ImagePool) -> list[np.ndarray]:
@@ -214,14 +214,14 @@ class Bench:
         return {"chosen": chosen, **scores}
 
 
-def best_settings(maps: Sequence[np.ndarray], truths: Sequence[np.ndarray]) -> tuple[dict[str, Any], float]:
-    """Arguments of `instances` that score best, and their image-mean AP50."""
+def ranked_settings(maps: Sequence[np.ndarray], truths: Sequence[np.ndarray]) -> list[tuple[dict[str, Any], float]]:
+    """The best arguments of `instances` for each kind of markers, with their image-mean AP50, best first."""
     found = []
     for markers, h in MARKERS:
         best = search(maps, truths, score=counts_of, peaks=PEAKS, fills=FILLS, threads=available_cores(), markers=markers, h=h,
                       min_area=MIN_AREA).best
         found.append(({"markers": markers, "h": h, "peak": best.peak, "fill": best.fill, "min_area": MIN_AREA}, best.image_mean))
-    return max(found, key=lambda pair: pair[1])
+    return sorted(found, key=lambda pair: -pair[1])
 
 
 def whole_map(model: torch.nn.Module, planes: np.ndarray, window: int, at_once: int) -> np.ndarray:

@@ -13,13 +13,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks.cells_learning import ROOT, Bench, best_settings
+from benchmarks.cells_learning import ROOT, Bench, ranked_settings
 from benchmarks.common import hardware
 from dinoray.io.stores import open_store
 from dinoray.training.loop import fit
 from dinoray.training.workers import Workers
 
-SHORT = ["crop_px=128", "micro_batch=4", "steps=300", "warmup_steps=30", "validate_every=300", "checkpoint_every=1000",
+SHORT = ["crop_px=128", "batch_size=8", "micro_batch=4", "steps=300", "warmup_steps=30", "validate_every=300", "checkpoint_every=1000",
          "log_every=50", "ema_decay=0", "validation_crops=128"]
 
 
@@ -37,8 +37,8 @@ def main() -> None:
     if given.ap:
         pool = bench.validation.pool
         maps = bench.maps("ours", bench.trained("ours", "ours"), "validation", pool)
-        settings, ap50 = best_settings(maps, [pool.read(i).labels for i in range(len(pool))])
-        print(f"validation AP50 {ap50:.3f} image-mean with {settings}")
+        for settings, ap50 in ranked_settings(maps, [pool.read(i).labels for i in range(len(pool))]):
+            print(f"validation AP50 {ap50:.3f} image-mean with {settings}")
 
 
 if __name__ == "__main__":
