@@ -149,7 +149,7 @@ class TrainDistanceMapJob(TrainingJob):
     """Channels of the decoder's stages, from the token grid to full resolution."""
     norm: Literal["layer", "group", "batch", "none"] = "group"
     """`group` depends on the window (always of `crop_px`, so how a collection is cut into units changes nothing); `layer` on neither
-    batch nor window, but it takes the brightness out of every pixel and learns far more slowly (docs/cells-learning.md); with `batch`
+    batch nor window, and it learns far more slowly (docs/cells-learning.md); with `batch`
     the number of workers and the micro-batch change the result."""
     stem_levels: int = Field(3, ge=0, le=5)
     """Pixel resolutions (1, 1/2, 1/4, ...) at which a convolutional stem on the pixels joins the decoder."""
