@@ -60,7 +60,7 @@ PEAKS = [round(0.2 + 0.05 * i, 2) for i in range(9)]
 FILLS = [round(0.03 + 0.02 * i, 2) for i in range(8)]
 MARKERS = [("components", H), *(("hmaxima", h) for h in (0.05, 0.1, 0.15, 0.25))]
 MIN_AREA = 20
-"""px; the smallest object of the training images has 21."""
+"""px; smaller objects are dropped."""
 
 
 class Bench:

@@ -19,8 +19,8 @@ from dinoray.io.stores import open_store
 from dinoray.training.loop import fit
 from dinoray.training.workers import Workers
 
-SHORT = ["crop_px=128", "batch_size=8", "micro_batch=4", "steps=300", "warmup_steps=30", "validate_every=300", "checkpoint_every=1000",
-         "log_every=50", "ema_decay=0", "validation_crops=128"]
+SHORT = ["crop_px=128", "batch_size=8", "micro_batch=4", "steps=300", "warmup_steps=30", "validate_every=300",
+         "checkpoint_every=1000", "log_every=50", "ema_decay=0", "validation_crops=128"]
 
 
 def main() -> None:

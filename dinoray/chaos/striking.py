@@ -119,8 +119,10 @@ class _Watch:
             return self._progress() >= 0.7 * kill.moment
         if self._with_actors:  # which come first
             return all(map(self._acted, self._named)) and self._progress() >= 0.3 + 0.5 * kill.moment
-        # by its units too: the clean run that `work_s` is from may have had a slower machine than this start has
-        return time.monotonic() - (self.held or 0) >= kill.moment * self._work_s or 0 < kill.moment <= self._progress()
+        if time.monotonic() - (self.held or 0) >= kill.moment * self._work_s:
+            return True
+        # by its units too, where they are known: the clean run that `work_s` is from may have had a slower machine
+        return self._pending > 0 and self._progress() >= kill.moment
 
     def _acted(self, kill: Kill) -> bool:
         return any(name.startswith(f"{kill.point}-kill-{kill.passage}") for name in os.listdir(self.once))
