@@ -121,7 +121,9 @@ def checkpoint_config(job: TrainDistanceMapJob, spec: TrainingSpec, model: Dista
     if survey is not None:
         good = survey.good()
         zooms = survey.zooms(pixel_size_um=job.pixel_size_um, diameter_px=job.diameter_px)
-        median, seen = survey.median_diameter(zooms), survey.diameter_range(zooms)
+        median = survey.median_diameter(zooms)
+        # with diameter_px every image was brought to one median, so one of another median is of a size that no image had
+        seen = None if job.diameter_px else survey.diameter_range(zooms)
         sizes = {round(float(size), 6) for i in good if (size := survey.table["pixel_size_um"][i].as_py()) is not None}
         # one pixel size for all images is the model's own; mixed ones say nothing of its scale
         known = all(survey.table["pixel_size_um"][i].as_py() is not None for i in good)
