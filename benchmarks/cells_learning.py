@@ -197,8 +197,8 @@ class Bench:
             return [kept[str(i)] for i in range(len(pool))]
 
     def map_of(self, model: torch.nn.Module, planes: np.ndarray) -> np.ndarray:
-        """Distance map [Y, X] of an image [3, Y, X] whose cells are of unknown size, as `dinoray segment cells` makes it: at the scale
-        at which they seem to have the size of the training's."""
+        """Distance map [Y, X] of an image [3, Y, X] whose cells are of unknown size, as `dinoray segment cells` makes it: at the
+        scale at which they seem to have the size of the training's."""
         def segment(image: np.ndarray) -> np.ndarray:
             return instances(whole_map(model, image, self.job.crop_px, self.job.micro_batch), **ESTIMATING)
 

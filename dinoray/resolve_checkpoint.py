@@ -56,8 +56,8 @@ def resolve_checkpoint(job: SegmentCellsJob) -> Resolved:
                 "numerics": numerics}
     fingerprint = fingerprint_of(identity)
     chosen = {name: getattr(job, name) for name in (
-        "channel", "pixel_size_um", "diameter_px", "scaling", "peak", "fill", "markers", "marker_height", "min_area_px", "overlap_px", "block_px",
-        "neighbour_px")}
+        "channel", "pixel_size_um", "diameter_px", "scaling", "peak", "fill", "markers", "marker_height", "min_area_px",
+        "overlap_px", "block_px", "neighbour_px")}
     # no path in here: the same checkpoint from another folder must give the same bytes
     described = {"fingerprint": fingerprint, "kind": "cell-masks", "model": config.backbone.model,
                  "weights_digest": config.weights_digest, "normalisation": normalisation, "precision": precision,

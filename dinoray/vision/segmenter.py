@@ -56,8 +56,8 @@ class Segmenter(BackOff):
     """
 
     def __init__(self, model: DistanceMapModel, config: SegmenterConfig, *, token_budget: int, overlap_px: int | None = None,
-                 peak: float | None = None, fill: float | None = None, markers: str | None = None, marker_height: float | None = None,
-                 min_area_px: int = 0):
+                 peak: float | None = None, fill: float | None = None, markers: str | None = None,
+                 marker_height: float | None = None, min_area_px: int = 0):
         super().__init__(next(model.parameters()).device)
         self.model, self.config, self.token_budget, self.min_area_px = model.eval(), config, token_budget, min_area_px
         self.device, self.patch = self._device, model.backbone.config.patch_size
