@@ -32,13 +32,13 @@ from benchmarks.common import hardware, table
 from dinoray.config import TrainDistanceMapJob, build_job, read_job_file
 from dinoray.config.labelled import LabelledSource
 from dinoray.errors import Stopped
-from dinoray.io.annotations import list_labelled
+from dinoray.io.annotations import LabelledImage, list_labelled
 from dinoray.io.stores import open_store
 from dinoray.memory.meter import available_cores
 from dinoray.train import train_distance_map
 from dinoray.train_request import absolute_paths
 from dinoray.training.distance_map import DistanceMapTask, Images
-from dinoray.training.distance_worker import build_model, new_pool
+from dinoray.training.distance_worker import build_model, checkpoint_config, new_pool
 from dinoray.training.image_pool import ImagePool
 from dinoray.training.labelled_sets import labelled_sets
 from dinoray.training.loop import fit, load_trained
@@ -46,11 +46,14 @@ from dinoray.training.parameters import parameter_groups
 from dinoray.training.spec import TrainingSpec
 from dinoray.training.states import load_last
 from dinoray.training.steps import Stepper
+from dinoray.training.survey import Survey, survey_images
 from dinoray.training.workers import Workers
 from dinoray.vision.blending import Blend
 from dinoray.vision.bootstrap import paired_bootstrap, summarise
+from dinoray.vision.cell_scale import cell_scale
 from dinoray.vision.instance_metrics import ImageScore, score_image
 from dinoray.vision.instances import H, instances
+from dinoray.vision.resampling2d import resample, scaled_shape
 from dinoray.vision.thresholds import search
 
 ROOT = Path(__file__).parent.parent
@@ -58,7 +61,10 @@ SPLITS = ROOT / "tests/splits.json"
 METRICS = ["AP@0.5", "AP@0.75", "AP@0.5:0.95", "SEG", "DET", "OP_CSB"]
 PEAKS = [round(0.2 + 0.05 * i, 2) for i in range(9)]
 FILLS = [round(0.03 + 0.02 * i, 2) for i in range(8)]
-MARKERS = [("components", H), *(("hmaxima", h) for h in (0.05, 0.1, 0.15, 0.25))]
+MARKERS = [("components", H), *(("hmaxima", h) for h in (0.1, 0.15, 0.25))]
+FROM_SCRATCH = TrainingSpec("distance-map", "", "", weights="random:0")
+ESTIMATING = {"peak": 0.45, "fill": 0.11, "markers": "hmaxima", "h": 0.15}
+"""How cells are found when the size of an image's cells is estimated."""
 MIN_AREA = 20
 """px; smaller objects are dropped."""
 
@@ -73,7 +79,11 @@ class Bench:
         self.job: TrainDistanceMapJob = absolute_paths(build_job(TrainDistanceMapJob, values))
         self.job = self.job.model_copy(update={"weights": "random:0", "device": "cpu" if not torch.cuda.is_available() else "cuda"})
         train, validation = labelled_sets(self.job)
-        self.train, self.validation = (Images(new_pool(self.job, found), np.ones(len(found))) for found in (train, validation))
+        self.survey = survey_images(train, new_pool(self.job, train), threads=available_cores(), pixel_size_needed=False, say=print)
+        self.train = self._scaled(train, self.survey)
+        self.validation = self._scaled(validation, survey_images(validation, new_pool(self.job, validation), say=print,
+                                                                 threads=available_cores(), pixel_size_needed=False))
+        self.trained_at = checkpoint_config(self.job, FROM_SCRATCH, build_model(self.job, FROM_SCRATCH), self.survey)
         data = ROOT.parent / "shared/data"
         splits = json.loads(SPLITS.read_text())
         self.groups: dict[str, str] = splits["dsb2018"]["modality"]
@@ -84,6 +94,9 @@ class Bench:
                                              labels=str(data / "usiigaci_phase_train/*/instances_ids.png"), kind="pairs"))
         self.test, self.phase = new_pool(self.job, test), new_pool(self.job, phase)
         self.device = torch.device(self.job.device)
+
+    def _scaled(self, found: list[LabelledImage], survey: Survey) -> Images:
+        return Images(new_pool(self.job, found), survey.zooms(pixel_size_um=None, diameter_px=self.job.diameter_px))
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """A JSON result, made if it is not there."""
@@ -96,9 +109,9 @@ class Bench:
 
     def models(self) -> dict[str, torch.nn.Module]:
         """The three networks at their start, by name."""
-        ours = build_model(self.job, TrainingSpec("distance-map", "", "", weights="random:0"))
+        ours = build_model(self.job, FROM_SCRATCH)
         count = sum(p.numel() for p in ours.parameters())
-        zeroed = ZeroedTokens(build_model(self.job, TrainingSpec("distance-map", "", "", weights="random:0")))
+        zeroed = ZeroedTokens(build_model(self.job, FROM_SCRATCH))
         return {"ours": ours, "zeroed": zeroed, "conv": plain_unet(ours.backbone.config, count, self.job.seed, self.job.norm)}
 
     def task(self, model: torch.nn.Module, name: str) -> DistanceMapTask:
@@ -178,10 +191,21 @@ class Bench:
             for i in range(len(pool)):
                 pixels = pool.read(i)
                 planes = np.ascontiguousarray(np.broadcast_to(pixels.planes, (3, *pixels.labels.shape)))
-                found[str(i)] = whole_map(model, planes, self.job.crop_px, self.job.micro_batch)
+                found[str(i)] = self.map_of(model, planes)
             np.savez(path, **found)
         with np.load(path) as kept:
             return [kept[str(i)] for i in range(len(pool))]
+
+    def map_of(self, model: torch.nn.Module, planes: np.ndarray) -> np.ndarray:
+        """Distance map [Y, X] of an image [3, Y, X] whose cells are of unknown size, as `dinoray segment cells` makes it: at the
+        scale at which they seem to have the size of the training's."""
+        def segment(image: np.ndarray) -> np.ndarray:
+            return instances(whole_map(model, image, self.job.crop_px, self.job.micro_batch), **ESTIMATING)
+
+        factor = cell_scale(planes, self.trained_at, segment).factor
+        at_scale = resample(planes, scaled_shape(planes.shape[1:], factor))
+        found = whole_map(model, at_scale, self.job.crop_px, self.job.micro_batch)
+        return np.clip(resample(found[None], planes.shape[1:])[0], 0, 1)
 
     def score(self, name: str, folder: str | None) -> dict[str, Any]:
         """Thresholds from the validation images, then the test images, once."""
@@ -233,9 +257,9 @@ def whole_map(model: torch.nn.Module, planes: np.ndarray, window: int, at_once: 
     batch: list[np.ndarray] = []
 
     def flush() -> None:
-        with torch.inference_mode():
-            pixels = torch.from_numpy(np.stack(batch)).to(model.decoder.head.weight.device)
-            found.extend(torch.sigmoid(model(pixels))[:, 0].cpu().numpy())
+        device = model.decoder.head.weight.device
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16):
+            found.extend(torch.sigmoid(model(torch.from_numpy(np.stack(batch)).to(device)).float())[:, 0].cpu().numpy())
         batch.clear()
 
     for piece in blend.windows(planes):

@@ -39,7 +39,8 @@ def resolve_checkpoint(job: SegmentCellsJob) -> Resolved:
     job = job.model_copy(update={
         "device": device, "precision": precision, "token_budget": numerics["token_budget"],
         "channel": config.channels if job.channel is None else job.channel, "scaling": job.scaling or config.scaling,
-        "peak": config.peak if job.peak is None else job.peak, "fill": config.fill if job.fill is None else job.fill})
+        "peak": config.peak if job.peak is None else job.peak, "fill": config.fill if job.fill is None else job.fill,
+        "markers": job.markers or config.markers, "marker_height": job.marker_height or config.marker_height})
     if job.fill >= job.peak:
         raise BadRequest(f"fill {job.fill:g} is not below peak {job.peak:g}", where="--fill",
                          todo="a cell's marker lies inside the cell: give a lower --fill or a higher --peak")
@@ -55,8 +56,8 @@ def resolve_checkpoint(job: SegmentCellsJob) -> Resolved:
                 "numerics": numerics}
     fingerprint = fingerprint_of(identity)
     chosen = {name: getattr(job, name) for name in (
-        "channel", "pixel_size_um", "diameter_px", "scaling", "peak", "fill", "markers", "min_area_px", "overlap_px", "block_px",
-        "neighbour_px")}
+        "channel", "pixel_size_um", "diameter_px", "scaling", "peak", "fill", "markers", "marker_height", "min_area_px",
+        "overlap_px", "block_px", "neighbour_px")}
     # no path in here: the same checkpoint from another folder must give the same bytes
     described = {"fingerprint": fingerprint, "kind": "cell-masks", "model": config.backbone.model,
                  "weights_digest": config.weights_digest, "normalisation": normalisation, "precision": precision,

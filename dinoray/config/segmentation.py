@@ -38,8 +38,11 @@ class SegmentCellsJob(CollectionJob):
     """A cell's marker is where the distance map is above this; default the checkpoint's."""
     fill: float | None = Field(None, gt=0, lt=1)
     """Cells are where the distance map is above this; default the checkpoint's."""
-    markers: Literal["components", "hmaxima"] = "components"
-    """Markers are the connected parts above `peak`, or maxima that rise above their surroundings."""
+    markers: Literal["components", "hmaxima"] | None = None
+    """Markers are the connected parts above `peak`, or maxima above it that rise above their surroundings; default the
+    checkpoint's."""
+    marker_height: float | None = Field(None, gt=0, lt=1)
+    """How far such maxima rise, of 1; default the checkpoint's."""
     min_area_px: int = Field(0, ge=0)
     """Smaller cells are dropped, in px of the image."""
     overlap_px: int | None = Field(None, ge=0)

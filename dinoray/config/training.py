@@ -157,9 +157,10 @@ class TrainDistanceMapJob(TrainingJob):
     """What training crops go through; validation crops go through nothing."""
     decoder_channels: tuple[int, ...] = Field((256, 128, 64, 32), min_length=1)
     """Channels of the decoder's stages, from the token grid to full resolution."""
-    norm: Literal["layer", "group", "batch", "none"] = "layer"
-    """`layer` depends on neither batch nor crop; with `group` a tile differs from the whole image, with `batch` also the
-    number of workers and the micro-batch change the result."""
+    norm: Literal["layer", "group", "batch", "none"] = "group"
+    """`group` depends on the window (always of `crop_px`, so how a collection is cut into units changes nothing); `layer` on
+    neither batch nor window, and it learns far more slowly (docs/cells-learning.md); with `batch` the number of workers and the
+    micro-batch change the result."""
     stem_levels: int = Field(3, ge=0, le=5)
     """Pixel resolutions (1, 1/2, 1/4, ...) at which a convolutional stem on the pixels joins the decoder."""
     foreground_weight: float = Field(1.0, gt=0)

@@ -49,7 +49,8 @@ def _head(run: Run) -> dict[str, Any]:
         trained, low_high = described["checkpoint"], described["checkpoint"]["scaling_percents"]
         scaling = {"plate": "per plate or folder and channel", "image": "per image", "dtype": "the full range of the dtype"}
         percents = "" if settings["scaling"] == "dtype" else f", percentiles {low_high[0]:g} to {low_high[1]:g}"
-        markers = {"components": f"connected parts above {settings['peak']:g}", "hmaxima": f"maxima above {settings['peak']:g}"}
+        markers = {"components": f"connected parts above {settings['peak']:g}",
+                   "hmaxima": f"maxima above {settings['peak']:g} that rise by {settings['marker_height']:g}"}
         smallest = f"; smaller than {settings['min_area_px']} px dropped" if settings["min_area_px"] else ""
         size, pixel = trained["median_diameter_px"], trained["pixel_size_um"]
         given = [f"{name} given: {settings[key]:g} {unit}" for name, key, unit in

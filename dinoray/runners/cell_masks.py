@@ -97,7 +97,8 @@ class CellMaskRunner(UnitRunner):
         self.limits = Limits(max_pixels=job.max_pixels, max_bytes=job.max_file_bytes, max_file_bytes=job.max_file_bytes)
         self.numerics, self.facts = plan.facts["numerics"], plan.facts["described"]
         self.segmenter = Segmenter(model, config, token_budget=self.numerics["token_budget"], overlap_px=job.overlap_px,
-                                   peak=job.peak, fill=job.fill, markers=job.markers, min_area_px=job.min_area_px)
+                                   peak=job.peak, fill=job.fill, markers=job.markers,
+                                   marker_height=job.marker_height, min_area_px=job.min_area_px)
         self._compute = ComputePool(self.segmenter.device, compute_threads)
         self._cell_threads = max(compute_threads, decode_threads)
         self._cells = ThreadPoolExecutor(self._cell_threads, thread_name_prefix="cells")

@@ -29,13 +29,15 @@ def model_card(config: SegmenterConfig) -> str:
                      f"| {name.replace('_', ' ')} | {value} |" for name, value in metrics.items())
     sources = "\n".join(f"- `{s['images']}`{', ids ' + s['ids'] if s.get('ids') else ''} (weight {s['weight']:g})"
                         for s in facts.get("sources", []))
+    marked = f"Connected parts above {config.peak:g}" if config.markers == "components" else \
+        f"Maxima above {config.peak:g} that rise by {config.marker_height:g}"
     return f"""---
 {yaml.safe_dump(head, sort_keys=False).strip()}
 ---
 # Distance maps of cells over {backbone.model}
 
 A UNet decoder over DINOv3 tokens ({backbone.model}, {how}, {start}) that predicts, for every pixel, the distance to its
-cell's outside divided by the cell's largest such distance. Peaks above {config.peak:g} mark cells, which a watershed fills
+cell's outside divided by the cell's largest such distance. {marked} mark cells, which a watershed fills
 down to {config.fill:g}.
 
 ```

@@ -99,14 +99,14 @@ def finish(job: TrainDistanceMapJob, spec: TrainingSpec, task: DistanceMapTask, 
     train_survey = stored_survey(store, "train")
     config = checkpoint_config(job, spec, task.model, train_survey)
     segmenter = segmenter_of(job, task, config)
-    peak, fill, figures = choose_thresholds(job, task, segmenter, workers)
+    chosen, figures = choose_thresholds(job, task, segmenter, workers)
     if not workers.is_first:
         workers.barrier()
         return
-    config = config.model_copy(update={"peak": peak, "fill": fill, "metrics": figures, "training": training_facts(
+    config = config.model_copy(update={**chosen, "metrics": figures, "training": training_facts(
         job, spec, store, task, state["step"], progress)})
-    store_examples(store, task.validation, segmenter.distance,
-                   peak=peak, fill=fill)
+    store_examples(store, task.validation, segmenter.distance, peak=chosen["peak"], fill=chosen["fill"], markers=chosen["markers"],
+                   h=chosen["marker_height"])
     reach("train.checkpoint")
     check()
     save_checkpoint(store, CHECKPOINT, task.model, config, model_card)
@@ -121,7 +121,9 @@ def checkpoint_config(job: TrainDistanceMapJob, spec: TrainingSpec, model: Dista
     if survey is not None:
         good = survey.good()
         zooms = survey.zooms(pixel_size_um=job.pixel_size_um, diameter_px=job.diameter_px)
-        median, seen = survey.median_diameter(zooms), survey.diameter_range(zooms)
+        median = survey.median_diameter(zooms)
+        # with diameter_px every image was brought to one median, so one of another median is of a size that no image had
+        seen = None if job.diameter_px else survey.diameter_range(zooms)
         sizes = {round(float(size), 6) for i in good if (size := survey.table["pixel_size_um"][i].as_py()) is not None}
         # one pixel size for all images is the model's own; mixed ones say nothing of its scale
         known = all(survey.table["pixel_size_um"][i].as_py() is not None for i in good)

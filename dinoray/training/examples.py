@@ -7,6 +7,7 @@ kept. All choices are functions of the images, so the same training keeps the sa
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -26,12 +27,12 @@ SIDE_PX = 384
 """Longest side of an example: of a larger image the part around its cells is taken."""
 
 
-def store_examples(store: Store, images: Images, predict: Callable[[np.ndarray], np.ndarray], *, peak: float,
-                   fill: float) -> None:
-    """Predict, choose and store. `predict`: planes [3, y, x] -> distance map [y, x], both at the scale of the training."""
+def store_examples(store: Store, images: Images, predict: Callable[[np.ndarray], np.ndarray], **thresholds: Any) -> None:
+    """Predict, choose and store. `predict`: planes [3, y, x] -> distance map [y, x], both at the scale of the training;
+    `thresholds`: of `instances`."""
     count = len(images.pool)
     numbers = [int(n) for n in np.unique(np.linspace(0, count - 1, min(count, LOOKED_AT)).round())]
-    found = [_example(images, number, predict, peak, fill) for number in numbers]
+    found = [_example(images, number, predict, thresholds) for number in numbers]
     store_all(store, _chosen(found))
 
 
@@ -45,13 +46,13 @@ def _chosen(found: list[Example]) -> list[Example]:
     return [Example(**{**vars(found[i]), "why": why}) for i, why in reasons.items()]
 
 
-def _example(images: Images, number: int, predict: Callable[[np.ndarray], np.ndarray], peak: float, fill: float) -> Example:
+def _example(images: Images, number: int, predict: Callable[[np.ndarray], np.ndarray], thresholds: dict[str, Any]) -> Example:
     planes, labels = at_scale(images, number)
     y, x = _start(labels.any(axis=1)), _start(labels.any(axis=0))
     part = np.s_[y:y + SIDE_PX, x:x + SIDE_PX]
     planes, truth = np.ascontiguousarray(planes[:, *part]), np.ascontiguousarray(labels[part])
     predicted = predict(planes)
-    cells = instances(predicted, peak=peak, fill=fill)
+    cells = instances(predicted, **thresholds)
     score = score_image(cells, truth, thresholds=(0.5,))
     union = score.pred + score.truth - score.tp[0]
     return Example(images.pool.images[number].image_id, "", (y, x), labels.shape, score.tp[0] / union if union else 1.0,

@@ -24,6 +24,7 @@ from dinoray.vision import layouts
 from dinoray.vision.backbone import Backbone
 from dinoray.vision.canonical import build, published_tensors, weights_digest
 from dinoray.vision.decoders.unet2d import UNet2D
+from dinoray.vision.instances import H
 from dinoray.vision.tokens import LayerTokens
 from dinoray.vision.variants import variant
 from dinoray.vision.weights import load_backbone
@@ -95,6 +96,10 @@ class SegmenterConfig(BaseModel):
     """Markers are where the map is above this; chosen on validation images."""
     fill: float = Field(0.09, gt=0, lt=1)
     """Cells are where the map is above this; chosen on validation images."""
+    markers: Literal["components", "hmaxima"] = "components"
+    """Kind of markers (dinoray.vision.instances.find_markers); chosen on validation images."""
+    marker_height: float = Field(H, gt=0, lt=1)
+    """How far maxima rise above their surroundings, where they are the markers; chosen on validation images."""
     weights_digest: str = ""
     """Digest of all weights, decoder and backbone."""
     training: dict[str, Any] = Field(default_factory=dict)

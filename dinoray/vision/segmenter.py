@@ -51,20 +51,22 @@ class WindowedImage:
 class Segmenter(BackOff):
     """Holds one model; `predict` may be called from several threads at once.
 
-    `overlap_px` defaults to a quarter of the window, and is rounded down to the patch size; `peak` and `fill` default to
-    the checkpoint's. Raises BadRequest for thresholds, markers, overlaps and windows that cannot be.
+    `overlap_px` defaults to a quarter of the window, and is rounded down to the patch size; `peak`, `fill`, `markers` and
+    `marker_height` default to the checkpoint's. Raises BadRequest for thresholds, markers, overlaps and windows that cannot be.
     """
 
     def __init__(self, model: DistanceMapModel, config: SegmenterConfig, *, token_budget: int, overlap_px: int | None = None,
-                 peak: float | None = None, fill: float | None = None, markers: str = "components", min_area_px: int = 0):
+                 peak: float | None = None, fill: float | None = None, markers: str | None = None,
+                 marker_height: float | None = None, min_area_px: int = 0):
         super().__init__(next(model.parameters()).device)
         self.model, self.config, self.token_budget, self.min_area_px = model.eval(), config, token_budget, min_area_px
         self.device, self.patch = self._device, model.backbone.config.patch_size
         self.peak = config.peak if peak is None else peak
         self.fill = config.fill if fill is None else fill
-        self.markers = markers
+        self.markers = config.markers if markers is None else markers
+        self.marker_height = config.marker_height if marker_height is None else marker_height
         check_thresholds(self.peak, self.fill)
-        if markers not in ("components", "hmaxima"):
+        if self.markers not in ("components", "hmaxima"):
             raise BadRequest(f"markers={markers!r}", todo="use components or hmaxima")
         self.overlap_px = (config.crop_px // 4 if overlap_px is None else overlap_px) // self.patch * self.patch
         self._blend(1, 1)  # refuses a window or an overlap that cannot be before the first image comes
@@ -141,7 +143,7 @@ class Segmenter(BackOff):
         # clipped: the sum of a blend's weights is 1 but for the last bit
         at_input = np.clip(resample(distance[None], tuple(out_shape))[0], 0, 1)
         smallest = self.min_area_px if min_area_px is None else min_area_px
-        return instances(at_input, peak=self.peak, fill=self.fill, markers=self.markers, min_area=smallest)
+        return instances(at_input, peak=self.peak, fill=self.fill, markers=self.markers, h=self.marker_height, min_area=smallest)
 
     def cell_features(self, tokens: np.ndarray, labels: np.ndarray, scale: float, ids: np.ndarray) -> np.ndarray:
         """Mean token float32 [n, D] of each of the cells `ids`, see `cell_tokens.mean_tokens`. `tokens` [D, h, w] of the image

@@ -23,8 +23,9 @@ from dinoray.vision.shapes import cell_table
 from tests.report.outputs import FACTS
 from tests.runs import item_of_file, make_plan
 
-SETTINGS = {"channel": "auto", "scaling": "image", "peak": 0.47, "fill": 0.09, "markers": "components", "min_area_px": 0,
-            "diameter_px": None, "pixel_size_um": None, "masks": "tiff", "z_projection": "refuse", "cell_features": True}
+SETTINGS = {"channel": "auto", "scaling": "image", "peak": 0.47, "fill": 0.09, "markers": "components",
+            "marker_height": 0.25, "min_area_px": 0, "diameter_px": None, "pixel_size_um": None, "masks": "tiff",
+            "z_projection": "refuse", "cell_features": True}
 DESCRIBED = {**FACTS["described"], "kind": "cell-masks",
              "checkpoint": {"crop_px": 96, "median_diameter_px": 20.0, "pixel_size_um": None, "scaling_percents": [0.1, 99.9]}}
 

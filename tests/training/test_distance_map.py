@@ -16,8 +16,9 @@ from dinoray.config.augmentation import Augmentation
 from dinoray.errors import BadRequest, ItemError, Stopped, SystemicError
 from dinoray.io.stores import LocalStore
 from dinoray.training.distance_map import DistanceMapTask, Images, weighted_squares
-from dinoray.training.distance_worker import new_pool, prepared
+from dinoray.training.distance_worker import build_model, checkpoint_config, new_pool, prepared
 from dinoray.training.labelled_sets import labelled_sets
+from dinoray.training.spec import TrainingSpec
 from dinoray.training.survey import SURVEY_SCHEMA, Survey, check_zooms, store_survey, stored_survey, survey_images
 from dinoray.training.workers import Workers
 from dinoray.vision.decoders.unet2d import UNet2D
@@ -100,8 +101,8 @@ def test_validation_is_the_same_for_any_number_of_workers(tmp_path: Path) -> Non
     assert sums[0] / sums[1] == pytest.approx(alone, rel=1e-5)
 
 
-def test_default_norms_depend_on_neither_batch_nor_crop() -> None:
-    assert TrainDistanceMapJob.model_fields["norm"].default == "layer"
+def test_which_norms_depend_on_the_batch_and_which_on_the_crop() -> None:
+    assert TrainDistanceMapJob.model_fields["norm"].default == "group"
 
     def norms(kind: str) -> list[torch.nn.Module]:
         torch.manual_seed(0)
@@ -109,21 +110,22 @@ def test_default_norms_depend_on_neither_batch_nor_crop() -> None:
         convolutions = (torch.nn.Conv2d, torch.nn.ConvTranspose2d, torch.nn.Linear)
         return [m for m in decoder.modules() if list(m.parameters(recurse=False)) and not isinstance(m, convolutions)]
 
-    def worst(kind: str) -> float:
-        """Largest change of a norm's output on a crop, or on one image of a batch."""
-        found, worst = norms(kind), 0.0
+    def worst(kind: str) -> tuple[float, float]:
+        """Largest change of a norm's output on a crop, and on one image of a batch."""
+        found, of_crop, of_batch = norms(kind), 0.0, 0.0
         assert found, "the decoder has norms"
         for norm in found:
             channels = next(norm.parameters()).numel()
             x = torch.randn(3, channels, 12, 12, generator=torch.Generator().manual_seed(1)) + torch.linspace(-3, 3, 12)
             norm.train()
             whole = norm(x)
-            worst = max(worst, float((norm(x[:, :, 3:9, 2:8]) - whole[:, :, 3:9, 2:8]).abs().max()),
-                        float((norm(x[1:2]) - whole[1:2]).abs().max()))
-        return worst
+            of_crop = max(of_crop, float((norm(x[:, :, 3:9, 2:8]) - whole[:, :, 3:9, 2:8]).abs().max()))
+            of_batch = max(of_batch, float((norm(x[1:2]) - whole[1:2]).abs().max()))
+        return of_crop, of_batch
 
-    assert worst("layer") < 1e-5
-    assert worst("group") > 0.1 and worst("batch") > 0.1, "the measure tells those that do"
+    assert max(worst("layer")) < 1e-5
+    assert worst("group")[0] > 0.1 and worst("group")[1] < 1e-5, "the default: workers and micro-batches change nothing"
+    assert min(worst("batch")) > 0.1, "the measure tells those that do"
 
 
 def test_what_is_set_aside_does_not_depend_on_what_is_listed_beside_it(tmp_path: Path) -> None:
@@ -180,6 +182,14 @@ def test_the_survey_lists_bad_images_and_refuses_too_many(tmp_path: Path) -> Non
     assert found.median_diameter(np.ones(24)) == pytest.approx(found.median_diameter(np.full(24, 2.0)) / 2)
     zooms = found.zooms(pixel_size_um=None, diameter_px=30.0)
     assert np.isfinite(zooms[found.good()]).all() and zooms[0] == pytest.approx(30 / found.table["median_diameter_px"][0].as_py())
+    model = build_model(asked, TrainingSpec("distance-map", "", "", weights="random:0"))
+    as_they_are, to_one_size = (checkpoint_config(asked.model_copy(update={"diameter_px": size}),
+                                                  TrainingSpec("distance-map", "", "", weights="random:0"), model, found)
+                                for size in (None, 30.0))
+    low, high = as_they_are.diameter_range_px
+    assert low <= as_they_are.median_diameter_px <= high
+    assert to_one_size.diameter_range_px is None, "every image had one median: those of another are brought to it"
+    assert to_one_size.median_diameter_px == pytest.approx(30.0, rel=0.1)
     with pytest.raises(BadRequest, match="24 of 24 labelled images cannot be used.*pixel size"):
         survey(relisted, asked, pixel_size_needed=True)
     store = LocalStore(str(tmp_path / "out"))

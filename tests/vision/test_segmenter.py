@@ -95,6 +95,21 @@ def test_defaults_come_from_the_checkpoint() -> None:
     assert (ours.peak, ours.fill, ours.overlap_px) == (0.6, 0.2, 16)
     assert segmenter(config={"crop_px": 96}, peak=0.3, fill=0.0).fill == 0.0
     assert segmenter(config={"crop_px": 96}).overlap_px == 16, "a quarter is 24: rounded down to the patch"
+    marked = {"markers": "hmaxima", "marker_height": 0.1}
+    assert (segmenter(config=marked).markers, segmenter(config=marked).marker_height) == ("hmaxima", 0.1)
+    assert segmenter(config=marked, markers="components").markers == "components"
+
+
+def test_markers_of_the_checkpoint_part_cells_that_connected_parts_join() -> None:
+    """Two cells whose saddle is above `peak` and 0.15 below their tops."""
+    x = np.arange(80, dtype=np.float32)
+    ridge = 0.85 - 0.15 * np.clip(1 - np.abs(x - 40) / 12, 0, 1)
+    across = np.clip(1 - np.abs(np.arange(40, dtype=np.float32) - 20) / 15, 0, 1)
+    distance = across[:, None] * ridge
+    counts = [int(segmenter(config={"markers": kind, "marker_height": height}).cells(distance, distance.shape).max())
+              for kind, height in (("components", 0.25), ("hmaxima", 0.1), ("hmaxima", 0.25))]
+    assert counts == [1, 2, 1]
+    assert segmenter(markers="hmaxima", marker_height=0.1).cells(distance, distance.shape).max() == 2
 
 
 # ---------------------------------------------------------------- batches
