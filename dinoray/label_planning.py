@@ -22,6 +22,9 @@ LIKE = 0.1
 """Share by which voxels may differ from those that a model was trained on."""
 COMPONENT_BYTES = 200
 """Of memory for each voxel of a block while its connected components are found: pairs of voxels, and a sparse graph of them."""
+LIBRARY_BYTES = 192 * 2**20
+"""What libraries take at the first forward (80 MB for the smallest volume), and what the allocator keeps of freed memory (up to 64
+MiB in each of two arenas)."""
 WINDOW = 128
 """Side of windows of a model without context: larger ones cost less at their margins."""
 
@@ -143,7 +146,7 @@ class Forecast:
         layer = prod(s + 2 * h for s, h in zip(sides[1:], grid.halo[1:], strict=True)) * (grid.window[0] + 2 * grid.halo[0])
         shard = prod(grid.shards) * grid.outputs
         predicting = depth * sides[1] * sides[2] * (4 * grid.outputs + 1) * 2 + 2 * layer * prod(grid.factor) * 2 + 5 * shard * 4
-        return max(predicting + self.window_bytes, COMPONENT_BYTES * prod(grid.block) if self.instances else 0)
+        return LIBRARY_BYTES + max(predicting + self.window_bytes, COMPONENT_BYTES * prod(grid.block) if self.instances else 0)
 
     def lines(self) -> list[str]:
         """For the log."""

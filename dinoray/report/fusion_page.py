@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from dinoray.config import TrainContextFusionJob
 from dinoray.errors import OutputDamaged
 from dinoray.io.stores import Store
-from dinoray.report.curves import Chart, Series, chart
+from dinoray.report.curves import Series
+from dinoray.report.lines import Chart, chart
 from dinoray.report.page import environment
 from dinoray.report.plots import number
 from dinoray.report.training_records import read_history, read_json

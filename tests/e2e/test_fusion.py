@@ -37,13 +37,13 @@ def written(path: Path, values: dict) -> str:
 def test_a_model_is_trained_used_and_measured(tmp_path: Path) -> None:
     raw, labels = make_pair(tmp_path / "in", (40, 40, 80), classes=True)
     regions = [{"raw": str(raw), "labels": str(labels), "region": r} for r in ("0:40,0:40,0:50", "0:40,0:40,56:80")]
-    job = fusion_job((raw, labels), tmp_path / "model", train=regions[:1], validation=regions[1:], steps=60, batch_size=2,
-                     validate_every=30, checkpoint_every=30, norm="group")
+    job = fusion_job((raw, labels), tmp_path / "model", train=regions[:1], validation=regions[1:], steps=150,
+                     validate_every=50, checkpoint_every=50, norm="group")
     printed = complete([*CLI, "train", "context-fusion", written(tmp_path / "job.yaml", job)])
     assert "use it: dinoray segment volume VOLUME --checkpoint" in printed and "extraction" in printed
     assert any("context-fusion" in line for line in status_lines(str(tmp_path / "model")))
     again = complete([*CLI, "train", "context-fusion", str(tmp_path / "job.yaml")])
-    assert "complete: 60 steps" in again
+    assert "complete: 150 steps" in again
 
     out = tmp_path / "labels"
     segment = [*CLI, "segment", "volume", str(raw), "--checkpoint", str(tmp_path / "model/checkpoint"),
@@ -65,11 +65,13 @@ def test_a_model_is_trained_used_and_measured(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_instances_and_a_killed_driver(tmp_path: Path) -> None:
     raw, labels = make_pair(tmp_path / "in", (40, 40, 40))
-    job = fusion_job((raw, labels), tmp_path / "model", target="affinities", classes=["background", "cell"], steps=10,
+    job = fusion_job((raw, labels), tmp_path / "model", target="affinities", classes=["background", "cell"], steps=150,
+                     validate_every=50, checkpoint_every=50,
                      train=[{"raw": str(raw), "labels": str(labels), "region": "0:40,0:40,0:18"}],
                      validation=[{"raw": str(raw), "labels": str(labels), "region": "0:40,0:40,20:40"}])
     complete([*CLI, "train", "context-fusion", written(tmp_path / "job.yaml", job)])
     segment = [*CLI, "segment", "volume", str(raw), "--checkpoint", str(tmp_path / "model/checkpoint"), "--no-ray",
+               "--threshold", "0.5",
                "--window-voxels", "16", "--halo-voxels", "4", "--shard-voxels", "16", "--block-voxels", "32", "--unit-windows", "1"]
     complete([*segment, "--out", str(tmp_path / "clean")])
     out = tmp_path / "out"

@@ -107,8 +107,7 @@ def test_interrupted_anywhere_it_ends_the_same(fields: dict[str, Any], tmp_path:
 
 
 def test_it_learns_what_raw_shows(tmp_path: Path) -> None:
-    job = build(fusion_job(make_pair(tmp_path, classes=True), tmp_path / "out", steps=100, validate_every=100, checkpoint_every=100,
-                           learning_rate=0.003))
+    job = build(fusion_job(make_pair(tmp_path, classes=True), tmp_path / "out", steps=100, validate_every=50, checkpoint_every=50))
     history = fit(job, make_task(job), Workers(), LocalStore(job.out)).history
     assert history[-1]["val_iou"] > 0.8
 

@@ -50,8 +50,8 @@ def iou_of(folder: Path, **fields: Any) -> float:
     sources = [{"raw": str(p / "raw.zarr"), "labels": str(p / "labels.zarr"), "unknown": 255} for p in pairs]
     values = fusion_job((pairs[0], pairs[0]), folder / f"out-{fields['fusion']}", crop_voxels=CROP, context_factor=FACTOR,
                         context_cells=8, base_channels=8, levels=2, batch_size=4, micro_batch=4,
-                        warmup_steps=20, learning_rate=1e-3, loss="cross_entropy", checkpoint_every=10_000, log_every=20, validation_crops=48,
-                        model="vitt16", weights="random", min_known=0.2,
+                        warmup_steps=20, learning_rate=1e-3, loss="cross_entropy", checkpoint_every=10_000, log_every=20,
+                        validation_crops=48, model="vitt16", weights="random", min_known=0.2,
                         augmentation={"turns": "none", "p_tone": 0, "p_noise": 0, "p_blur": 0, "p_missing": 0, "p_shifted": 0})
     job: TrainContextFusionJob = build(values | {"train": sources[:2], "validation": sources[2:], **fields})
     size = (NM * FACTOR,) * 3

@@ -56,7 +56,7 @@ def fusion_job(pair: tuple[Path, Path], out: Path | str, **fields: Any) -> dict[
     source = {"raw": str(pair[0]), "labels": str(pair[1])}
     values = {"train": [source], "validation": [source], "out": str(out), "inputs": "raw", "fusion": "none", "crop_voxels": 16,
               "base_channels": 4, "levels": 2, "steps": 8, "batch_size": 4, "micro_batch": 2, "warmup_steps": 2,
-              "learning_rate": 0.01, "validate_every": 4, "checkpoint_every": 3, "log_every": 1, "precision": "float32",
+              "learning_rate": 0.003, "validate_every": 4, "checkpoint_every": 3, "log_every": 1, "precision": "float32",
               "device": "cpu", "data_threads": 2, "no_ray": True, "validation_crops": 4}
     return values | fields
 

@@ -1,4 +1,4 @@
-"""Segmented volumes: stored tokens, pyramids, a volume larger than an actor's memory, margins that are wide enough, Ray, kills."""
+"""Segmented volumes: stored tokens, pyramids, margins that are wide enough, Ray, kills."""
 
 from __future__ import annotations
 
@@ -100,31 +100,11 @@ def test_a_level_of_a_pyramid_serves_the_model_and_another_its_context(tmp_path:
 
 
 @pytest.mark.slow
-def test_a_volume_four_times_larger_than_the_budget_passes_within_it(tmp_path: Path) -> None:
-    side = 512
-    source, budget = make_volume(tmp_path / "v.zarr", (side,) * 3, voxel_nm=(8, 8, 8), chunk=64), side**3 // 4
-    checkpoint, _, _ = make_checkpoint(tmp_path / "c", factor=2)
-    fields = {"window_voxels": 32, "halo_voxels": 8, "unit_windows": None, "block_voxels": 64, "shard_voxels": 32,
-              "memory_bytes": budget, "decode_threads": 1, "compute_threads": 1, "scaling": "dtype"}
-    script = ("import sys, json; from tests.volumes.labelling import segment_job; "
-              "from dinoray.volume_segmentation import segment_volume; "
-              "sys.exit(segment_volume(segment_job(*sys.argv[1:4], **json.loads(sys.argv[4])), print).exit_code)")
-    done = subprocess.run([sys.executable, "-c", script, str(source), str(checkpoint), str(tmp_path / "out"), json.dumps(fields)],
-                          cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    receipts = receipts_of(tmp_path / "out")
-    peak = max(receipt.memory.get("above_model", 0) for receipt in receipts)
-    assert 0 < peak <= budget, (peak, budget)
-    assert labels_of(tmp_path / "out").shape == (side // 2,) * 3
-    verify_deep(open_run(str(tmp_path / "out"))[0])
-
-
-@pytest.mark.slow
 def test_the_shipped_margin_agrees_with_a_wider_one(tmp_path: Path) -> None:
     """A trained model of the default depth: halo 32, blended, against 48, on 99.5 % of the voxels' labels."""
     raw, labels = make_pair(tmp_path / "in", (96, 96, 160), classes=True)
     regions = [{"raw": str(raw), "labels": str(labels), "region": r} for r in ("0:96,0:96,0:96", "0:96,0:96,112:160")]
-    train(build(fusion_job((raw, labels), tmp_path / "model", train=regions[:1], validation=regions[1:], steps=60, batch_size=2,
+    train(build(fusion_job((raw, labels), tmp_path / "model", train=regions[:1], validation=regions[1:], steps=120, batch_size=2,
                            micro_batch=1, crop_voxels=32, levels=3, validate_every=30, checkpoint_every=30)), print)
     outs = []
     for halo in (None, 48):
