@@ -199,10 +199,11 @@ class Bench:
     def map_of(self, model: torch.nn.Module, planes: np.ndarray) -> np.ndarray:
         """Distance map [Y, X] of an image [3, Y, X] whose cells are of unknown size, as `dinoray segment cells` makes it: at the
         scale at which they seem to have the size of the training's."""
-        def segment(image: np.ndarray) -> np.ndarray:
-            return instances(whole_map(model, image, self.job.crop_px, self.job.micro_batch), **ESTIMATING)
+        def look(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            distance = whole_map(model, image, self.job.crop_px, self.job.micro_batch)
+            return instances(distance, **ESTIMATING), distance
 
-        factor = cell_scale(planes, self.trained_at, segment).factor
+        factor = cell_scale(planes, self.trained_at, look).factor
         at_scale = resample(planes, scaled_shape(planes.shape[1:], factor))
         found = whole_map(model, at_scale, self.job.crop_px, self.job.micro_batch)
         return np.clip(resample(found[None], planes.shape[1:])[0], 0, 1)

@@ -34,7 +34,7 @@ def scale_notes(parts: Sequence[Generation]) -> Iterator[str]:
         rest = [factor for group in sorted(factors)[GROUPS_SHOWN:] for factor in factors[group]]
         yield _line(rest, f" of {len(factors) - GROUPS_SHOWN} more plates or folders", todo)
     if unknown:
-        yield (f"scale unknown for {plural(unknown, 'image')} (too few cells to estimate it, or cells more than 4 times smaller or "
+        yield (f"scale unknown for {plural(unknown, 'image')} (no whole cell tells it, or cells more than 4 times smaller or "
                f"larger than the model's): taken as they are, scale_source says which; {todo}")
 
 

@@ -134,7 +134,7 @@ class CellMaskRunner(UnitRunner):
         return not known and self.config.median_diameter_px is not None
 
     def _scale(self, found: Field, seen: np.ndarray) -> Scale:
-        return cell_scale(seen, self.config, self.segmenter.segment, pixel_size_um=found.pixel_size_um,
+        return cell_scale(seen, self.config, self.segmenter.look, pixel_size_um=found.pixel_size_um,
                           diameter_px=self.job.diameter_px)
 
     def _fits(self, shape: tuple[int, int]) -> bool:

@@ -125,11 +125,17 @@ class Segmenter(BackOff):
         return plan.merge(map_ for i in range(0, len(plan.windows), step) for map_ in self.predict(plan.windows[i:i + step])[0])
 
     def segment(self, image: np.ndarray) -> np.ndarray:
-        """Cells of any size, int32 [H, W], of one image float32 [3, H, W] at the model's scale, at that resolution.
+        """The labels that `look` gives."""
+        return self.look(image)[0]
+
+    def look(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(cells of any size, int32 [H, W], distance map float32 [H, W]) of one image float32 [3, H, W] at the model's scale, at
+        that resolution.
 
         `min_area_px` counts pixels of images as they are, so it says nothing here: scales are estimated from this.
         """
-        return self.cells(self.distance(image), image.shape[1:], min_area_px=0)
+        distance = self.distance(image)
+        return self.cells(distance, image.shape[1:], min_area_px=0), distance
 
     def cells(self, distance: np.ndarray, out_shape: tuple[int, int], *, min_area_px: int | None = None) -> np.ndarray:
         """Label image int32 [Y, X], ids 1..n, of a distance map [H, W]: resampled to `out_shape` (Y, X), then a watershed there.

@@ -542,21 +542,27 @@ def test_a_plates_scaling_is_shared(checkpoint: Path, tmp_path: Path) -> None:
     check_whole(tmp_path / "plate")
 
 
+def cut_blob(shape: tuple[int, int]) -> np.ndarray:
+    """A cell that the border cuts: it tells no size."""
+    y, x = np.indices(shape)
+    return np.clip(1 - np.hypot(y - shape[0] / 2, x) / 8, 0, 1).astype(np.float32)
+
+
 def test_the_scale_is_estimated_where_nobody_tells_it(tmp_path: Path) -> None:
-    """Cells of 9 px (as they are found) for a model of 20 px cells; one image shows too few cells to tell."""
+    """Cells of 9 px (as they are found) for a model of 20 px cells; one image shows none that is whole."""
     checkpoint = seeing_checkpoint(tmp_path / "ck", median_diameter_px=20.0)
-    for i, count in enumerate((20, 2, 30, 12)):
-        write(tmp_path / "in" / f"{i}.tif", as_16_bit(blobs((128, 160), count, i)))
+    for i, count in enumerate((20, 1, 30, 12)):
+        write(tmp_path / "in" / f"{i}.tif", as_16_bit(blobs((128, 160), count, i) if count > 1 else cut_blob((128, 160))))
     lines: list[str] = []
     run_segment(tmp_path / "in", checkpoint, tmp_path / "out", say=lines.append)
     check_whole(tmp_path / "out")
     rows = open_masks(tmp_path / "out").images.table().to_pylist()
     assert [row["scale_source"] for row in rows] == ["estimated", "unknown", "estimated", "estimated"]
-    assert [row["num_cells"] for row in rows] == [20, 2, 30, 12]
+    assert [row["num_cells"] for row in rows] == [20, 1, 30, 12]
     for row in rows:
         assert row["scale"] == 1.0 if row["scale_source"] == "unknown" else 1.5 < row["scale"] < 2.8
     assert any(line.startswith("scale estimated for 3 images: median factor 2") for line in lines)
-    assert any(line.startswith("scale unknown for 1 image (too few cells") for line in lines)
+    assert any(line.startswith("scale unknown for 1 image (no whole cell") for line in lines)
     for i, threads in enumerate(((1, 1), (4, 3))):
         run_segment(tmp_path / "in", checkpoint, tmp_path / f"again{i}", decode_threads=threads[0], compute_threads=threads[1])
         assert data_objects(tmp_path / f"again{i}") == data_objects(tmp_path / "out")
@@ -577,7 +583,7 @@ def test_the_smallest_area_takes_no_part_in_the_estimate(tmp_path: Path) -> None
 def test_a_pixel_size_that_sets_no_scale_is_said_and_not_advised(tmp_path: Path, model_um: float | None) -> None:
     checkpoint = seeing_checkpoint(tmp_path / "ck", median_diameter_px=20.0, pixel_size_um=model_um)
     write(tmp_path / "in/a.tif", as_16_bit(blobs((128, 160), 20, 0)))
-    write(tmp_path / "in/b.tif", as_16_bit(blobs((128, 160), 2, 1)))
+    write(tmp_path / "in/b.tif", as_16_bit(cut_blob((128, 160))))
     lines: list[str] = []
     run_segment(tmp_path / "in", checkpoint, tmp_path / "out", say=lines.append, pixel_size_um=None if model_um else 0.5)
     assert ("scale estimated per image: --pixel-size-um does not set it, because the model has no pixel size" in lines[0]) \
