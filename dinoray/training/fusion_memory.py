@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dinoray.memory.meter import reset_rss_peak, rss, rss_peak
-from dinoray.memory.tracing import traced
+from dinoray.vision.tracing import traced
 
 if TYPE_CHECKING:
     from dinoray.training.context_fusion import ContextFusionTask

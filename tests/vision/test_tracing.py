@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dinoray.memory.tracing import traced
+from dinoray.vision.tracing import traced
 
 MIB = 2**20
 
