@@ -24,6 +24,7 @@ from dinoray.errors import BadRequest, ChangedRequest, Stopped, SystemicError
 from dinoray.status import status_lines
 from dinoray.train import train_distance_map
 from dinoray.training.states import load_best, load_last
+from dinoray.training.survey import store_survey
 from dinoray.verification import open_run
 from dinoray.vision.distance_model import load_segmenter
 from tests.runs import complete, environment, run, use_tiny_backbone
@@ -150,14 +151,14 @@ def test_images_that_change_are_refused(discs: Path, tmp_path: Path, monkeypatch
     assert "1 removed (00_img)" in str(caught.value) and "1 added (new_img)" in str(caught.value)
     # ... and while it runs: the workers list them again
     fresh = disc_job(discs, tmp_path / "fresh")
-    plain = train_distance_map.__globals__["store_survey"]
+    plain = store_survey
 
     def store_and_change(store, name, survey):
         plain(store, name, survey)
         for file in discs.glob("*_img.png"):
             os.utime(file, ns=(1, 1))
 
-    monkeypatch.setitem(train_distance_map.__globals__, "store_survey", store_and_change)
+    monkeypatch.setattr("dinoray.training.distance_kind.store_survey", store_and_change)
     with pytest.raises((SystemicError, BadRequest)):
         train(fresh)
 
@@ -200,7 +201,7 @@ def test_bad_jobs_are_refused_with_a_line_that_helps(change: dict[str, Any], tol
     if change.get("device") == "cuda" and torch.cuda.is_available():
         pytest.skip("there is one here")
     argv = write_job(tmp_path / "job.yaml", disc_job(discs, tmp_path / "out") | change)
-    assert run_training_script(argv[-1:]) == 2
+    assert run_training_script(TrainDistanceMapJob, argv[-1:]) == 2
     shown = capsys.readouterr()
     assert told in shown.err, shown.err
     assert "the job is not valid" not in shown.err or "--" not in shown.err, "a job file has no flags"
@@ -211,10 +212,10 @@ def test_bad_jobs_are_refused_with_a_line_that_helps(change: dict[str, Any], tol
 def test_files_that_are_no_job_and_the_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from dinoray.cli.train import run_training_script
 
-    assert run_training_script([]) == 2
-    assert run_training_script([str(tmp_path / "none.yaml")]) == 2
+    assert run_training_script(TrainDistanceMapJob, []) == 2
+    assert run_training_script(TrainDistanceMapJob, [str(tmp_path / "none.yaml")]) == 2
     (tmp_path / "list.yaml").write_text("- a\n- b\n")
-    assert run_training_script([str(tmp_path / "list.yaml")]) == 2
+    assert run_training_script(TrainDistanceMapJob, [str(tmp_path / "list.yaml")]) == 2
     shown = capsys.readouterr()
     assert "usage: python jobs/train_distance_map.py" in shown.out
     assert "backbone_learning_rate" in shown.err, "the fields of this job are listed"
