@@ -23,7 +23,7 @@ LIKE = 0.1
 COMPONENT_BYTES = 200
 """Of memory for each voxel of a block while its connected components are found: pairs of voxels, and a sparse graph of them."""
 LIBRARY_BYTES = 192 * 2**20
-"""What libraries take at the first forward (80 MB for the smallest volume), and what the allocator keeps of freed memory (up to 64
+"""What libraries take at the first forward (scratch, code), and what the allocator keeps of freed memory (up to 64
 MiB in each of two arenas)."""
 WINDOW = 128
 """Side of windows of a model without context: larger ones cost less at their margins."""

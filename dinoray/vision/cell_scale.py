@@ -47,7 +47,7 @@ PEAK_POWER = 8
 CONVINCING = 0.1
 """Likeness (see `_Seen`) below which nothing looks like cells."""
 LEAST_LIKENESS = 0.03
-"""An estimate needs as much; nuclei in noise have 0.06 and more, noise alone less than 0.01."""
+"""An estimate needs as much: below it nothing that is seen has the size and the height of cells."""
 SPECK = 0.1
 """Objects of less than this share of the area of the object in which the median labelled pixel lies are no cells."""
 Look = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
