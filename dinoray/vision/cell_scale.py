@@ -42,14 +42,15 @@ SIZE_OCTAVES = 0.3
 """Standard deviation, in octaves, of the sizes that are taken for the model's cells."""
 SAME = 1.5
 """A second look that finds objects that differ by more than this shows other things."""
+SPECK = 0.1
+"""Objects of less than this share of the area of the object in which the median labelled pixel lies (pixels of low maps count less)
+are no cells."""
 PEAK_POWER = 8
 """How much the height of a map counts: at the right size it is about 0.85 at the cells' middles, at others 0.5 to 0.7."""
 CONVINCING = 0.1
 """Likeness (see `_Seen`) below which nothing looks like cells."""
 LEAST_LIKENESS = 0.03
 """An estimate needs as much: below it nothing that is seen has the size and the height of cells."""
-SPECK = 0.1
-"""Objects of less than this share of the area of the object in which the median labelled pixel lies are no cells."""
 Look = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
@@ -108,7 +109,7 @@ class _Seen:
     likeness: float
     """The mean of those weights over the covered area."""
     diameter_px: float | None
-    """Median of the whole objects, in px of the image; None without any."""
+    """Median of the whole objects, each weighted by the height of its map, in px of the image; None without any."""
 
 
 def _estimated(image: np.ndarray, model_px: float, seen_px: tuple[float, float] | None, look: Look) -> Scale:
@@ -145,27 +146,34 @@ def _seen_at(image: np.ndarray, factor: float, model_px: float, look: Look) -> _
     if not areas.any():
         return _Seen(0.0, 0.0, None)
     peaks = np.clip(ndimage.maximum(distance, labels, np.arange(1, len(areas) + 1)), 0, 1)
+    heights = peaks**PEAK_POWER
     octaves = np.log2(np.maximum(2 * np.sqrt(areas / math.pi), 1e-9) / model_px)
-    weights = np.exp(-0.5 * (octaves / SIZE_OCTAVES) ** 2) * peaks**PEAK_POWER
-    whole = without_specks(whole_areas(labels))
+    weights = np.exp(-0.5 * (octaves / SIZE_OCTAVES) ** 2) * heights
     one_px = math.sqrt(labels.shape[0] / part.shape[1] * labels.shape[1] / part.shape[2])
-    diameter = float(np.median(2 * np.sqrt(whole / math.pi))) / one_px if len(whole) else None
+    diameter = typical_diameter(areas * ~at_border(labels), heights)
+    diameter = None if diameter is None else diameter / one_px
     return _Seen(float((areas * weights).sum()) / labels.size, float((areas * weights).sum() / areas.sum()), diameter)
 
 
-def whole_areas(labels: np.ndarray) -> np.ndarray:
-    """Areas in px of the objects of a label image [Y, X] that do not touch its border."""
-    areas = np.bincount(labels.ravel())
+def at_border(labels: np.ndarray) -> np.ndarray:
+    """bool [n]: which of the objects 1..n of a label image [Y, X] touch its border."""
+    touch = np.zeros(int(labels.max()) + 1, bool)
     for edge in (labels[0], labels[-1], labels[:, 0], labels[:, -1]):
-        areas[edge] = 0
-    areas[:1] = 0
-    return areas[areas > 0]
+        touch[edge] = True
+    return touch[1:]
 
 
-def without_specks(areas: np.ndarray) -> np.ndarray:
-    """The areas of at least `SPECK` times the area of the object in which the median labelled pixel lies."""
-    if not len(areas):
-        return areas
-    ordered = np.sort(areas)
-    typical = ordered[np.searchsorted(np.cumsum(ordered), ordered.sum() / 2)]
-    return areas[areas >= SPECK * typical]
+def typical_diameter(areas: np.ndarray, heights: np.ndarray) -> float | None:
+    """Median diameter in px of objects of areas [n] in px (0: does not count), each counted by its height [n], without specks.
+    None without objects. Noise has many specks, of low maps: counted alike, they would decide beside few cells."""
+    if not (areas * heights).any():
+        return None
+    cells = areas >= SPECK * weighted_median(areas, areas * heights)
+    return float(2 * np.sqrt(weighted_median(areas[cells], heights[cells]) / math.pi))
+
+
+def weighted_median(values: np.ndarray, weights: np.ndarray) -> float:
+    """The smallest of values [n] at which half of the weights [n] is reached."""
+    order = np.argsort(values)
+    reached = np.cumsum(weights[order])
+    return float(values[order][np.searchsorted(reached, reached[-1] / 2)])

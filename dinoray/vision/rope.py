@@ -12,6 +12,7 @@ import functools
 import math
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from dinoray.vision.variants import ROPE_BASE
 
@@ -41,7 +42,8 @@ def turns(h: int, w: int, num_prefix: int, head_dim: int, device: torch.device) 
     The prefix (CLS and registers) is not rotated: its turns are exactly 1.
     """
     # A table made under inference_mode could not be used by a later training step: leave that mode here.
-    # Computed on the CPU so that every device sees the same bits.
-    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+    # Computed on the CPU so that every device sees the same bits. A table made of fake tensors (see
+    # dinoray.vision.tracing) would be kept without its values: modes are left too.
+    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
         angle = torch.cat((torch.zeros(num_prefix, head_dim // 2), angles(h, w, head_dim)))
         return torch.complex(angle.cos(), angle.sin()).to(device)

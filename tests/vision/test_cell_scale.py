@@ -9,7 +9,7 @@ import pytest
 from scipy import ndimage
 
 from dinoray.errors import BadRequest, ItemError
-from dinoray.vision.cell_scale import PART_PX, SEEN_PX, Scale, cell_scale, whole_areas, without_specks
+from dinoray.vision.cell_scale import PART_PX, SEEN_PX, Scale, at_border, cell_scale, typical_diameter
 from dinoray.vision.distance_model import SegmenterConfig
 from dinoray.vision.segmenter import Segmenter
 from dinoray.vision.targets import distance_map
@@ -66,7 +66,8 @@ def test_the_estimate_finds_discs_of_any_size(diameter: float) -> None:
     image = picture(diameter, max(200, int(12 * diameter)))
     found = cell_scale(image, config(), Eyes())
     assert found.source == "estimated"
-    true = 2 * np.sqrt(np.median(whole_areas(ndimage.label(image[0])[0])) / np.pi)  # a disc of few pixels is not round
+    labels = ndimage.label(image[0])[0]
+    true = 2 * np.sqrt(np.median(np.bincount(labels.ravel())[1:][~at_border(labels)]) / np.pi)  # a disc of few pixels is not round
     assert found.diameter_px == pytest.approx(true, rel=0.06)
     wanted = 20 / true
     assert found.factor == (1.0 if 1 / 1.2 < wanted < 1.2 else pytest.approx(wanted, rel=0.06))
@@ -149,8 +150,8 @@ def test_one_whole_cell_is_enough_and_cells_at_the_border_are_not() -> None:
     assert cell_scale(cut, config(), Eyes()) == Scale(1.0, "unknown")
     labels = np.zeros((7, 9), np.int32)
     labels[0, 3:5], labels[2:4, 2:5], labels[3, 8], labels[5:, 0], labels[5, 3], labels[5, 5] = 1, 2, 3, 4, 6, 7
-    assert sorted(whole_areas(labels)) == [1, 1, 6]
-    assert len(whole_areas(np.zeros((3, 3), np.int32))) == 0
+    assert at_border(labels).tolist() == [True, False, True, True, False, False, False]
+    assert at_border(np.zeros((3, 3), np.int32)).size == 0
 
 
 def test_with_a_segmenter_whose_map_is_its_input() -> None:
@@ -202,6 +203,16 @@ def test_specks_do_not_count() -> None:
         noisy[:, y, x] = 1.0
     found = cell_scale(noisy, config(), Eyes(smallest=0.5))
     assert found.factor == 1.0 and found.diameter_px == pytest.approx(20, rel=0.1)
-    assert without_specks(np.array([], int)).size == 0
-    assert without_specks(np.array([1, 1, 1, 1, 300, 310])).tolist() == [300, 310]
-    assert without_specks(np.array([40, 300, 310])).tolist() == [40, 300, 310]
+
+
+def test_the_typical_diameter() -> None:
+    def of(*pairs: tuple[float, float]) -> float | None:
+        areas, heights = np.array(pairs, float).reshape(-1, 2).T
+        found = typical_diameter(areas, heights)
+        return None if found is None else round(found**2 * math.pi / 4)
+
+    assert of() is None and of((0, 1), (0, 1)) is None and of((300, 0)) is None
+    assert of(*[(1, 1)] * 4, (300, 1), (310, 1)) == 300, "specks of high maps do not count"
+    assert of((40, 1), (300, 1), (310, 1)) == 300
+    assert of(*[(40, 0.01)] * 90, (400, 0.5), (500, 0.5), (450, 0.5)) == 450, "specks of low maps count little, however many"
+    assert of((0, 1), (0, 1), (0, 1), (500, 1)) == 500, "what the border cuts does not count"

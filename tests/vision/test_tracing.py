@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from dinoray.vision.tracing import traced
+from dinoray.vision.rope import turns
+from dinoray.vision.tracing import Peak, traced
 
 MIB = 2**20
 
@@ -17,14 +18,14 @@ def test_what_is_alive_at_once_counts() -> None:
         one = held + 1
         two = one.float()  # 4 MiB beside 1
         del one
-        found.append(phase())
+        found.append(phase().live)
         view = two.view(4, -1)[:2]
         del two  # its storage stays: a view holds it
         three = view.clone()
-        found.append(phase())
+        found.append(phase().live)
         del view, three
         phase()
-        found.append(phase())
+        found.append(phase().live)
 
     traced(run, [held])
     assert found == [5 * MIB, 6 * MIB, 0]
@@ -38,9 +39,9 @@ def test_gradients_and_what_the_backward_keeps_count() -> None:
 
     def run(phase) -> None:
         y = layer(x).relu()
-        found.append(phase())
+        found.append(phase().live)
         y.sum().backward()
-        found.append(phase())
+        found.append(phase().live)
         layer.weight.grad = None
 
     traced(run, [*layer.parameters(), x])
@@ -57,7 +58,34 @@ def test_what_is_given_from_outside_counts_once() -> None:
         given = torch.zeros(MIB, dtype=torch.uint8)
         given.add_(1)
         given.sum()
-        found.append(phase())
+        found.append(phase().live)
 
     traced(run, [])
     assert MIB <= found[0] <= MIB + 64
+
+
+def test_the_heap_stays_as_large_as_it_was() -> None:
+    found = []
+
+    def run(phase) -> None:
+        small = torch.zeros(24 * MIB, dtype=torch.uint8)
+        large = torch.zeros(40 * MIB, dtype=torch.uint8)
+        del large
+        found.append(phase())
+        del small
+        large = torch.zeros(48 * MIB, dtype=torch.uint8)
+        found.append(phase())
+        del large
+        phase()
+        found.append(phase())
+
+    traced(run, [])
+    assert found == [Peak(64 * MIB, 40 * MIB, 24 * MIB), Peak(48 * MIB, 48 * MIB, 24 * MIB), Peak(0, 0, 24 * MIB)]
+
+
+def test_what_is_kept_for_later_keeps_its_values() -> None:
+    """A table that the backbone makes once and keeps is no fake one afterwards."""
+    turns.cache_clear()
+    traced(lambda phase: turns(2, 3, 1, 8, torch.device("cpu")), [])
+    again = turns(2, 3, 1, 8, torch.device("cpu"))
+    assert type(again) is torch.Tensor and torch.equal(again.abs(), torch.ones(7, 4)), "angles have no length"
