@@ -54,7 +54,7 @@ from dinoray.vision.cell_scale import cell_scale
 from dinoray.vision.instance_metrics import ImageScore, score_image
 from dinoray.vision.instances import H, instances
 from dinoray.vision.resampling2d import resample, scaled_shape
-from dinoray.vision.thresholds import search
+from dinoray.vision.thresholds import Candidate, counts_at_half, search
 
 ROOT = Path(__file__).parent.parent
 SPLITS = ROOT / "tests/splits.json"
@@ -222,8 +222,8 @@ class Bench:
                 return [otsu_watershed(_planes(pool, i), *best) for i in range(len(pool))]
         else:
             model = self.trained(name.split("_")[0], folder)
-            settings, ap50 = ranked_settings(self.maps(name, model, "validation", validation), truths)[0]
-            chosen = {**settings, "validation_ap50": ap50}
+            settings, best_ = ranked_settings(self.maps(name, model, "validation", validation), truths)[0]
+            chosen = {**settings, "validation_ap50": best_.image_mean, "validation_seg": best_.seg}
 
             def labels(which: str, pool: ImagePool) -> list[np.ndarray]:
                 return [instances(m, **settings) for m in self.maps(name, model, which, pool)]
@@ -239,14 +239,15 @@ class Bench:
         return {"chosen": chosen, **scores}
 
 
-def ranked_settings(maps: Sequence[np.ndarray], truths: Sequence[np.ndarray]) -> list[tuple[dict[str, Any], float]]:
-    """The best arguments of `instances` for each kind of markers, with their image-mean AP50, best first."""
+def ranked_settings(maps: Sequence[np.ndarray], truths: Sequence[np.ndarray]) -> list[tuple[dict[str, Any], Candidate]]:
+    """The best arguments of `instances` for each kind of markers by the mean of AP50 and SEG, as the training chooses them; best
+    first."""
     found = []
     for markers, h in MARKERS:
-        best = search(maps, truths, score=counts_of, peaks=PEAKS, fills=FILLS, threads=available_cores(), markers=markers, h=h,
-                      min_area=MIN_AREA).best
-        found.append(({"markers": markers, "h": h, "peak": best.peak, "fill": best.fill, "min_area": MIN_AREA}, best.image_mean))
-    return sorted(found, key=lambda pair: -pair[1])
+        best = search(maps, truths, score=counts_at_half, peaks=PEAKS, fills=FILLS, threads=available_cores(), markers=markers, h=h,
+                      min_area=MIN_AREA, objective="ap_seg").best
+        found.append(({"markers": markers, "h": h, "peak": best.peak, "fill": best.fill, "min_area": MIN_AREA}, best))
+    return sorted(found, key=lambda pair: -pair[1].ap_seg)
 
 
 def whole_map(model: torch.nn.Module, planes: np.ndarray, window: int, at_once: int) -> np.ndarray:
@@ -277,14 +278,8 @@ def _planes(pool: ImagePool, number: int) -> np.ndarray:
     return np.broadcast_to(pixels.planes, (3, *pixels.labels.shape))
 
 
-def counts_of(found: np.ndarray, truth: np.ndarray) -> tuple[int, int, int]:
-    """(matches, wrong ones, missed ones) at IoU 0.5."""
-    score = score_image(found, truth, thresholds=(0.5,))
-    return score.tp[0], score.pred - score.tp[0], score.truth - score.tp[0]
-
-
 def _ap50(found: np.ndarray, truth: np.ndarray) -> float:
-    tp, fp, fn = counts_of(found, truth)
+    tp, fp, fn, _ = counts_at_half(found, truth)
     return tp / (tp + fp + fn) if tp + fp + fn else 1.0
 
 

@@ -37,8 +37,8 @@ def main() -> None:
     if given.ap:
         pool = bench.validation.pool
         maps = bench.maps("ours", bench.trained("ours", "ours"), "validation", pool)
-        for settings, ap50 in ranked_settings(maps, [pool.read(i).labels for i in range(len(pool))]):
-            print(f"validation AP50 {ap50:.3f} image-mean with {settings}")
+        for settings, best in ranked_settings(maps, [pool.read(i).labels for i in range(len(pool))]):
+            print(f"validation AP50 {best.image_mean:.3f}, SEG {best.seg:.3f} image-mean with {settings}")
 
 
 if __name__ == "__main__":

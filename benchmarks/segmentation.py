@@ -1,6 +1,6 @@
 """Windows and images per second of the cell segmentation, against a loop over single windows.
 
-    python benchmarks/segmentation.py [--model vits16] [--rounds 7] [--checkpoint FOLDER] [--skip-end-to-end]
+    python benchmarks/segmentation.py [--model vits16] [--norm group] [--rounds 7] [--checkpoint FOLDER] [--skip-end-to-end]
 
 Speed of the network, three ways on the same windows (of one image of 1080 px and 16 of 256 to 520 px), in turn in every
 round, medians of the rounds and of their ratios: `loop` is what one would write by hand with the same model (float32, one
@@ -29,7 +29,7 @@ from dinoray.io.decoded import DecodedImage
 from dinoray.memory.budget import default_token_budget
 from dinoray.memory.meter import available_cores
 from dinoray.runners.compute import ComputePool
-from dinoray.vision.decoders.unet2d import tap_layers
+from dinoray.vision.decoders.unet2d import NORMS, tap_layers
 from dinoray.vision.distance_model import (
     BackboneRecord,
     DecoderRecord,
@@ -45,7 +45,7 @@ from dinoray.vision.targets import distance_map
 from dinoray.vision.weights import load_backbone
 
 
-def segmenter(model: str, checkpoint: str | None, precision: str) -> Segmenter:
+def segmenter(model: str, norm: str, checkpoint: str | None, precision: str) -> Segmenter:
     """The engine with default settings, of a checkpoint or with random weights."""
     dtype = getattr(torch, precision)
     if checkpoint:
@@ -53,7 +53,7 @@ def segmenter(model: str, checkpoint: str | None, precision: str) -> Segmenter:
         return Segmenter(loaded, config, token_budget=default_token_budget(config.backbone.model, "cpu", precision))
     backbone = load_backbone(model, weights="random")
     shape = backbone.config
-    record = DecoderRecord(taps=tap_layers(shape.depth), channels=(256, 128, 64, 32))
+    record = DecoderRecord(taps=tap_layers(shape.depth), channels=(256, 128, 64, 32), norm=norm)  # type: ignore[arg-type]
     config = SegmenterConfig(backbone=BackboneRecord(model=model, digest=backbone.digest, included=False, mean=shape.mean,
                                                      std=shape.std), decoder=record)
     loaded = new_model(backbone, record, frozen=True).to(dtype).eval().requires_grad_(False)
@@ -109,9 +109,9 @@ def seconds(call: Callable, *args: object) -> float:
     return time.perf_counter() - began
 
 
-def network(model: str, checkpoint: str | None, images: list[tuple[np.ndarray, np.ndarray]], rounds: int) -> None:
+def network(model: str, norm: str, checkpoint: str | None, images: list[tuple[np.ndarray, np.ndarray]], rounds: int) -> None:
     """The three ways, interleaved."""
-    exact, rough = (segmenter(model, checkpoint, precision) for precision in ("float32", "bfloat16"))
+    exact, rough = (segmenter(model, norm, checkpoint, precision) for precision in ("float32", "bfloat16"))
     windows = [window for raw, _ in images for window in exact.plan_image(planes(DecodedImage(raw))).windows]
     ways = {"loop, float32": lambda: loop(exact.model, windows), "dinoray, float32": lambda: ours(exact, windows),
             "dinoray, bfloat16": lambda: ours(rough, windows)}
@@ -126,14 +126,14 @@ def network(model: str, checkpoint: str | None, images: list[tuple[np.ndarray, n
              f"{statistics.median(a / b for a, b in zip(base, took, strict=True)):.2f}",
              " ".join(f"{a / b:.2f}" for a, b in zip(base, took, strict=True))] for name, took in times.items()]
     print(f"{len(windows)} windows of {len(images)} images, {exact.config.backbone.model}, decoder "
-          f"{exact.config.decoder.channels}, {available_cores()} threads, {rounds} interleaved rounds, medians\n")
+          f"{exact.config.decoder.channels} ({exact.config.decoder.norm} norms), {available_cores()} threads, {rounds} interleaved rounds, medians\n")
     print(table(["", "seconds", "windows/s", "speed over the loop", "ratio of each round"], rows))
 
 
-def end_to_end(model: str, checkpoint: str | None, images: list[tuple[np.ndarray, np.ndarray]], rounds: int,
+def end_to_end(model: str, norm: str, checkpoint: str | None, images: list[tuple[np.ndarray, np.ndarray]], rounds: int,
                precision: str) -> None:
     """Raw counts to rows, one image per thread."""
-    engine = segmenter(model, checkpoint, precision)
+    engine = segmenter(model, norm, checkpoint, precision)
     truths = [distance_map(labels) for _, labels in images]
     stages: dict[str, float] = {}
 
@@ -184,13 +184,14 @@ def end_to_end(model: str, checkpoint: str | None, images: list[tuple[np.ndarray
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vits16")
+    parser.add_argument("--norm", default="group", choices=NORMS)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--checkpoint")
     parser.add_argument("--skip-end-to-end", action="store_true")
     given = parser.parse_args()
     print(hardware())
     shown = pictures(np.random.default_rng(0))
-    network(given.model, given.checkpoint, shown, given.rounds)
+    network(given.model, given.norm, given.checkpoint, shown, given.rounds)
     if not given.skip_end_to_end:
         for kind in ("float32", "bfloat16"):
-            end_to_end(given.model, given.checkpoint, shown, max(2, given.rounds // 3), kind)
+            end_to_end(given.model, given.norm, given.checkpoint, shown, max(2, given.rounds // 3), kind)

@@ -22,6 +22,8 @@ LIKE = 0.1
 """Share by which voxels may differ from those that a model was trained on."""
 COMPONENT_BYTES = 200
 """Of memory for each voxel of a block while its connected components are found: pairs of voxels, and a sparse graph of them."""
+MUTEX_BYTES = 20
+"""Of mutex watershed, for each voxel and affinity, beside that: as read, and twice in float64."""
 LIBRARY_BYTES = 192 * 2**20
 """What libraries take at the first forward (scratch, code), and what the allocator keeps of freed memory (up to 64
 MiB in each of two arenas)."""
@@ -52,8 +54,11 @@ def volume_request(job: SegmentVolumeJob, voxel_nm: Triple) -> VolumeRequest:
 def open_source(job: SegmentVolumeJob, voxel_nm: Triple) -> Volume:
     """The volume of a job, at the level that the checkpoint was trained on: the exact one, else the nearest within LIKE.
 
-    Raises BadRequest where there is none, TransientError, SystemicError.
+    Raises BadRequest where there is none, and where the source states no voxel size and the job neither; TransientError,
+    SystemicError.
     """
+    if job.raw_voxel_size is None:  # a voxel size that is asked for is taken for that of a source that states none
+        open_volume(replace(volume_request(job, voxel_nm), raw_voxel_nm=None)).close()
     problem: BadRequest | None = None
     for size in (voxel_nm, tuple(v * (1 + LIKE) for v in voxel_nm)):
         try:
@@ -103,9 +108,11 @@ def make_grid(job: SegmentVolumeJob, config: Checkpoint, volume: Volume, *, mult
     if job.window_voxels is not None:
         window: Shape = job.window_voxels * 3 if len(job.window_voxels) == 1 else job.window_voxels  # type: ignore[assignment]
     else:
-        window = tuple(-(-(c if has_context else max(c, WINDOW)) // multiple) * multiple for c in config.crop_voxels)  # type: ignore[assignment]
+        # a context is as wide as the crops say: windows of another size would see another one
+        window = config.crop_voxels if has_context else \
+            tuple(-(-max(c, WINDOW, 4 * multiple) // multiple) * multiple for c in config.crop_voxels)  # type: ignore[assignment]
     step = 1 if has_context else multiple
-    halo: Shape = tuple(min(HALO, w // 4 // step * step) if job.halo_voxels is None else job.halo_voxels  # type: ignore[assignment]
+    halo: Shape = tuple(min(-(-HALO // step) * step, w // 4 // step * step) if job.halo_voxels is None else job.halo_voxels  # type: ignore[assignment]
                         for w in window)
     window, halo = make_windows(shape, window, halo, multiple, shrink=not has_context)
     if config.target == "affinities":
@@ -125,7 +132,11 @@ class Forecast:
     instances: bool
     probabilities: bool
     window_bytes: int = 0
-    """Of the model's forward on one window."""
+    """Of the model's forward on one window, and of the voxels that its context is made of."""
+    raw_itemsize: int = 2
+    """Bytes of a raw voxel."""
+    component_bytes: int = COMPONENT_BYTES
+    """Of a voxel of a block while its instances are found."""
 
     @property
     def amplification(self) -> float:
@@ -145,8 +156,8 @@ class Forecast:
         depth = min(sides[0], grid.shards[0] + grid.lattice(0).window)
         layer = prod(s + 2 * h for s, h in zip(sides[1:], grid.halo[1:], strict=True)) * (grid.window[0] + 2 * grid.halo[0])
         shard = prod(grid.shards) * grid.outputs
-        predicting = depth * sides[1] * sides[2] * (4 * grid.outputs + 1) * 2 + 2 * layer * prod(grid.factor) * 2 + 5 * shard * 4
-        return LIBRARY_BYTES + max(predicting + self.window_bytes, COMPONENT_BYTES * prod(grid.block) if self.instances else 0)
+        predicting = depth * sides[1] * sides[2] * (4 * grid.outputs + 1) * 2 + 2 * layer * prod(grid.factor) * self.raw_itemsize + 5 * shard * 4
+        return LIBRARY_BYTES + max(predicting + self.window_bytes, self.component_bytes * prod(grid.block) if self.instances else 0)
 
     def lines(self) -> list[str]:
         """For the log."""
@@ -161,14 +172,19 @@ class Forecast:
                 f"{count_bytes(self.unit_bytes)} of memory for a unit beside the model"]
 
 
-def make_forecast(job: SegmentVolumeJob, grid: PredictionGrid, *, instances: bool, values_per_voxel: int) -> Forecast:
+def make_forecast(job: SegmentVolumeJob, grid: PredictionGrid, *, instances: bool, values_per_voxel: int,
+                  raw_itemsize: int = 2, context_voxels: int = 0) -> Forecast:
     """The forecast of a job.
 
-    `values_per_voxel`: values alive at once, per voxel of a window, in the model's forward. Raises BadRequest for output above
+    `values_per_voxel`: values alive at once, per voxel of a window, in the model's forward; `raw_itemsize`: bytes of a raw voxel;
+    `context_voxels`: voxels that a pixel of the context is the mean of, 0 where no context is read. Raises BadRequest for output above
     max_output_bytes and units above memory_bytes.
     """
     window = prod(w if grid.blend else w + 2 * h for w, h in zip(grid.window, grid.halo, strict=True))
-    forecast = Forecast(grid, grid.unit_windows(job.unit_windows), instances, job.probabilities, 4 * window * values_per_voxel)
+    context = 2 * window * prod(grid.factor) * context_voxels * raw_itemsize  # as read, and mirrored at the volume's border
+    component = COMPONENT_BYTES + (MUTEX_BYTES * grid.outputs if job.instances == "mutex" else 0)
+    forecast = Forecast(grid, grid.unit_windows(job.unit_windows), instances, job.probabilities,
+                        4 * window * values_per_voxel + context, raw_itemsize, component)
     if job.unit_windows is None:
         while forecast.unit_bytes > job.memory_bytes and forecast.unit_windows > 1:
             forecast = replace(forecast, unit_windows=forecast.unit_windows - 1)

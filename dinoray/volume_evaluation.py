@@ -120,8 +120,7 @@ def evaluate_volume(pred: Volume, truth: Volume, *, classes: Sequence[str] = (),
     table, pairs, voxels = np.zeros((len(classes),) * 2, np.int64), Contingency(), 0
     blocks = list(_blocks(box))
     for number, (start, stop) in enumerate(blocks, 1):
-        true, found = _read(truth, start, stop, (0, 0, 0)), _read(pred, start, stop, shift)
-        known = np.ones(true.shape, bool) if unknown is None else true != unknown
+        (true, known), (found, _) = _read(truth, start, stop, (0, 0, 0), unknown), _read(pred, start, stop, shift)
         voxels += int(known.sum())
         if classes:
             try:
@@ -160,9 +159,11 @@ def _blocks(box: tuple[tuple[int, int], ...]) -> Iterator[tuple[Shape, Shape]]:
         yield start, tuple(min(s + BLOCK, b) for s, (_, b) in zip(start, box, strict=True))  # type: ignore[misc]
 
 
-def _read(volume: Volume, start: Shape, stop: Shape, shift: Shape) -> np.ndarray:
-    """A box in voxels of the truth, int64; 0 outside of the volume. Raises BadRequest for what cannot be read."""
+def _read(volume: Volume, start: Shape, stop: Shape, shift: Shape, unknown: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """(labels int64, whether they are known) of a box in voxels of the truth; 0 outside of the volume, and where the label is
+    `unknown`, which may be any that the volume's type holds. Raises BadRequest for what cannot be read."""
     found = np.zeros([b - a for a, b in zip(start, stop, strict=True)], np.int64)
+    known = np.full(found.shape, unknown != 0)
     low = [max(a, s) for a, s in zip(start, shift, strict=True)]
     high = [min(b, s + n) for b, s, n in zip(stop, shift, volume.shape, strict=True)]
     if prod(max(0, b - a) for a, b in zip(low, high, strict=True)):
@@ -171,7 +172,10 @@ def _read(volume: Volume, start: Shape, stop: Shape, shift: Shape) -> np.ndarray
         except ItemError as error:
             raise BadRequest(f"labels cannot be read: {error.what}", where=error.where,
                              todo="mend the file, or choose a --region") from error
+        is_known = np.ones(values.shape, bool) if unknown is None else values != unknown
+        values = np.where(is_known, values, values.dtype.type(0))
         if values.dtype == np.uint64 and values.size and int(values.max()) >= 2**63:
             raise BadRequest("labels above 2^63", where=volume.ref.uri, todo="renumber them")
-        found[tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start, strict=True))] = values
-    return found
+        box = tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start, strict=True))
+        found[box], known[box] = values, is_known
+    return found, known

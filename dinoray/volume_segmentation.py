@@ -60,15 +60,18 @@ def segment_volume(job: SegmentVolumeJob, say: Callable[[str], None] = print, *,
         forecast = None
         if not sealed:
             grid = make_grid(job, config, volume, multiple=model.unet.unet.multiple, has_context=has_context)
+            context_voxels = 0
             if has_context:
                 level, factor = context_source(job, config, volume)
+                context_voxels = 0 if job.context_tokens else prod(factor)
                 say(f"context: voxels of {level.voxel_size_nm[0]:g} nm along z, {prod(factor)} of them in a pixel")
                 if level is not volume:
                     level.close()
             else:
                 say(_exactness(grid, job, config, model.unet.unet.receptive_radius))
             forecast = make_forecast(job, grid, instances=config.target == "affinities",
-                                     values_per_voxel=prod(grid.factor) + 8 * config.model.base)
+                                     values_per_voxel=prod(grid.factor) + 8 * config.model.base,
+                                     raw_itemsize=volume.dtype.itemsize, context_voxels=context_voxels)
             for line in forecast.lines():
                 say(line)
         refuse_if_held(store, job.takeover)
@@ -128,5 +131,6 @@ def seal_segmentation(session: Session, volume: Volume, config: Any, forecast: F
                 numerics=resolved.numerics, described=resolved.described, metadata_columns=[],
                 forecast={"windows": grid.windows_in_all(forecast.unit_windows), "windows_once": grid.windows_once,
                           "amplification": round(forecast.amplification, 4), "output_bytes": forecast.output_bytes,
-                          "unit_bytes": forecast.unit_bytes, "window_bytes": forecast.window_bytes})
+                          "unit_bytes": forecast.unit_bytes, "window_bytes": forecast.window_bytes,
+                          "component_bytes": forecast.component_bytes})
     return Plan(store)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from hashlib import blake2b
 from typing import Any
 
+from dinoray.config import canonical_json
 from dinoray.errors import BadRequest
 from dinoray.io.stores import open_store
 from dinoray.io.volume_grid import NORMAL, Triple, VolumeGrid
@@ -35,8 +37,10 @@ def _record(url: str, name: str) -> dict[str, Any]:
 
 
 def tokens_fingerprint(url: str, name: str) -> str:
-    """Of a finished extraction. Raises BadRequest for other things."""
-    return str(_record(url, name)["fingerprint"])
+    """Of a finished extraction: of its settings, and of the volume that it read. Raises BadRequest for other things."""
+    fingerprint = str(_record(url, name)["fingerprint"])
+    inputs = canonical_json(Plan(open_store(url)).facts["inputs"])
+    return f"{fingerprint}-{blake2b(inputs.encode(), digest_size=6).hexdigest()}"
 
 
 def open_tokens(url: str, *, digest: str, raw_voxel_nm: Triple, name: str, limits: Sequence[float] | None = None) -> StoredTokens:

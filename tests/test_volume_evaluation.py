@@ -81,3 +81,14 @@ def test_the_command(pair, tmp_path) -> None:
     found = json.loads((tmp_path / "scores/evaluation.json").read_text())
     assert found["instances"]["rand_error"] > 0 and found["settings"]["pred"] == str(pair[0])
     assert "z0:z1" in complete([*argv, "--region", "1:2"], code=2)
+
+
+def test_the_label_of_unknown_voxels_may_be_the_largest_there_is(tmp_path) -> None:
+    truth = blobs((20, 20, 20)).astype(np.uint64)
+    truth[:5] = 2**64 - 1
+    with open_labels(str(write_volume(tmp_path / "p.zarr", blobs((20, 20, 20)), (8.0,) * 3))) as pred, \
+            open_labels(str(write_volume(tmp_path / "t.zarr", truth, (8.0,) * 3))) as true:
+        found = evaluate_volume(pred, true, unknown=2**64 - 1)
+        assert found.voxels == 15 * 20 * 20 and found.instances.rand_error == pytest.approx(0)
+        with pytest.raises(BadRequest, match="2\\^63"):
+            evaluate_volume(pred, true)

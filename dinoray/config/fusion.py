@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from dinoray.config.augmentation import Factors
 from dinoray.config.memory_levels import with_level
 from dinoray.config.training import TrainingJob
 from dinoray.config.volume_labels import LabelledVolume
@@ -21,11 +22,11 @@ class VolumeAugmentation(BaseModel):
     only. `auto`: as many as the voxels allow (the cube's where they are equal, the plane's where y and x are)."""
     p_tone: float = Field(0.8, ge=0, le=1)
     """Contrast and brightness."""
-    contrast: tuple[float, float] = (0.75, 1.33)
+    contrast: Factors = (0.75, 1.33)
     """Factors of the distance to the mean."""
     brightness: float = Field(0.1, ge=0, le=1)
     """Most that is added or taken, in units of the scaled range."""
-    gamma: tuple[float, float] = (0.7, 1.4)
+    gamma: Factors = (0.7, 1.4)
     """Exponents."""
     p_noise: float = Field(0.5, ge=0, le=1)
     """Gaussian noise."""
@@ -41,6 +42,14 @@ class VolumeAugmentation(BaseModel):
     """Sections that slipped, by up to `shift` voxels, in raw alone; their labels stay."""
     shift: int = Field(4, ge=0, le=64)
     """In raw voxels."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        for name in ("contrast", "gamma"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name}: {low} is above {high}; give (low, high)")
+        return self
 
 
 class TrainContextFusionJob(TrainingJob):

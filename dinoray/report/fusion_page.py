@@ -18,6 +18,8 @@ from dinoray.report.plots import number
 from dinoray.report.training_records import read_history, read_json
 
 SOURCES_LISTED = 12
+OF_A_CLASS = ("iou", "dice", "precision", "recall")
+"""Figures of a class, as the training names them (validation_iou_NAME)."""
 
 
 def is_fusion(store: Store) -> bool:
@@ -37,10 +39,15 @@ def render_fusion(store: Store) -> str:
                             todo="restore it from a copy") from error
     history = read_history(store)
     checkpoint = read_json(store, "checkpoint/config.json")
+    metrics = (checkpoint or {}).get("metrics", {})
+    keys = {(name, what): f"validation_{what}_{name}" for name in job.classes for what in OF_A_CLASS}
+    classes = [(name, [f"{metrics[keys[name, what]]:.4f}" if keys[name, what] in metrics else "–" for what in OF_A_CLASS])
+               for name in job.classes if any(keys[name, what] in metrics for what in OF_A_CLASS)]
     figures = [(name.removeprefix("validation_").replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(value))
-               for name, value in (checkpoint or {}).get("metrics", {}).items()]
+               for name, value in metrics.items() if name not in keys.values()]
     return environment().get_template("fusion.html.j2").render(head=head, charts=_charts(history, head), figures=figures,
-                                                               checkpoint=checkpoint, sources=_sources(job))
+                                                               checkpoint=checkpoint, sources=_sources(job), classes=classes,
+                                                               of_a_class=OF_A_CLASS)
 
 
 def _head(store: Store, record: dict[str, Any], job: TrainContextFusionJob) -> dict[str, Any]:

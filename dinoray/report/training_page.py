@@ -24,6 +24,7 @@ SIDE = 288
 SOURCES_LISTED = 12
 BAD_LISTED = 5
 _FIGURES = {"validation_ap50_image_mean": "AP at IoU 0.5, image-mean", "validation_ap50_pooled": "AP at IoU 0.5, pooled",
+            "validation_seg_image_mean": "SEG, image-mean",
             "validation_images": "validation images"}
 
 

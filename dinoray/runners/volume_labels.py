@@ -26,7 +26,6 @@ from dinoray.io.prediction_grid import EDGES, FRAGMENTS, LABELS, MERGE, PROBABIL
 from dinoray.io.volume_arrays import encode_shard, shard_key, shards_of
 from dinoray.io.volume_grid import ArraySpec, Shape
 from dinoray.io.zarr_reading import open_array
-from dinoray.label_planning import COMPONENT_BYTES
 from dinoray.label_units import COUNTS, MERGE_KEY, OFFSETS_KEY, object_keys, table_key
 from dinoray.ledger import Ledger, Receipt, StoredObject
 from dinoray.memory.allocator import give_back, share_arenas
@@ -39,7 +38,7 @@ from dinoray.runners.volume_windows import Layer, WindowReader
 from dinoray.slabs import Slab
 from dinoray.units import Plan, Unit
 from dinoray.vision.fusion_checkpoint import FusionConfig
-from dinoray.vision.fusion_model import FusionModel
+from dinoray.vision.fusion_model import FusionModel, VolumeCrop
 from dinoray.vision.volume_blend import BlendedBox
 
 SHARDS_IN_FLIGHT = 4
@@ -62,10 +61,13 @@ class VolumeLabelRunner(UnitRunner):
         self._compute = ComputePool(self.device, compute_threads)
         self.compute_threads = self._compute.threads
         forecast = plan.facts["forecast"]
+        self._component_bytes = forecast["component_bytes"]
         fit = (job.memory_bytes - forecast["unit_bytes"]) // max(1, forecast["window_bytes"]) + 1
         self._at_once = max(1, min(self.compute_threads + 1, fit))
         """Windows in work: one is ready behind each running one, as far as they fit."""
         self._layers = ThreadPoolExecutor(1, thread_name_prefix="layer")
+        self._halved = False
+        """Whether slices went through the backbone in smaller batches than planned: their low bits may differ."""
         give_back()  # what loading left free would be counted as the model's
         self._model_bytes = rss()
         reset_rss_peak()
@@ -80,7 +82,7 @@ class VolumeLabelRunner(UnitRunner):
         box = Slab.read(item.item_id)
         if box.array in (PROBABILITIES, MERGE):
             return self.prefetch_bytes  # nothing is read here, and the unit after the next must not be begun
-        return int(np.prod(box.shape)) * (COMPONENT_BYTES if box.array == FRAGMENTS else 24)
+        return int(np.prod(box.shape)) * (self._component_bytes if box.array == FRAGMENTS else 24)
 
     # ---------------------------------------------------------------- decode threads
 
@@ -162,6 +164,7 @@ class VolumeLabelRunner(UnitRunner):
                 receipt.row_items += 1
             except ItemError as error:
                 bad[position] = error  # what it has is stored
+        receipt.numerics["degraded"] |= self._halved
         receipt.memory = {"model": self._model_bytes}
         if self._compute.on_cuda:
             receipt.memory["device_peak"] = torch.cuda.max_memory_allocated()
@@ -284,9 +287,8 @@ class VolumeLabelRunner(UnitRunner):
             crop = self.reader.crop(place, layer)
         except ItemError as error:
             return error, time.monotonic() - began
-        with torch.inference_mode(), torch.autocast(self.device.type, dtype=torch.bfloat16,
-                                                    enabled=self.numerics["precision"] == "bfloat16"):
-            logits = self.model([crop])
+        with torch.inference_mode():
+            logits = self._logits(crop)
             found = torch.sigmoid(logits) if self.config.target == "affinities" else torch.softmax(logits, dim=1)
         values = found[0].float().cpu().numpy()
         seen = self.grid.seen(place)[0]
@@ -296,6 +298,25 @@ class VolumeLabelRunner(UnitRunner):
             low, high = max(0, lattice.start(w)), min(lattice.tokens, lattice.start(w) + lattice.window)
             own.append(slice(low - seen[axis], high - seen[axis]))
         return values[(slice(None), *own)], time.monotonic() - began
+
+    def _logits(self, crop: VolumeCrop) -> torch.Tensor:
+        """The model's on one window. Where the device is full, fewer slices go through the backbone at once; raises SystemicError
+        where that does not help."""
+        while True:
+            slices, problem = self.model.slice_batch, ""
+            try:
+                with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.numerics["precision"] == "bfloat16"):
+                    return self.model([crop])
+            except torch.OutOfMemoryError as error:
+                problem = str(error).splitlines()[0]
+            # outside of the except frame: the tensors of what failed are gone by now
+            if self.model.backbone is None or slices == 1:
+                raise SystemicError(f"the device is too small for one window: {problem}",
+                                    todo="smaller --window-voxels in a new --out, or a larger device")
+            self.model.slice_batch = min(self.model.slice_batch, slices // 2)
+            self._halved = True
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def _emitted(self, start: Shape, stop: Shape, values: np.ndarray, lost: np.ndarray, receipt: Receipt) -> Objects:
         """The shards of a box of probabilities: of the probabilities, where they are stored, and of classes."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dinoray.config.volume_segmentation import SegmentVolumeJob
-from dinoray.errors import ItemError
+from dinoray.errors import BadRequest, ItemError
 from dinoray.io.prediction_grid import PredictionGrid
 from dinoray.io.volume_grid import Shape, Triple
 from dinoray.io.volume_pieces import Piece, Pieces, context_box, context_values
@@ -105,9 +105,24 @@ def stored_tokens(job: SegmentVolumeJob, config: FusionConfig, volume: Volume,
     for name, factor in (("tokens", 1), ("context_tokens", config.context_factor)):
         url = getattr(job, name)
         if url is not None and config.backbone is not None:
-            found[name] = open_tokens(url, digest=config.backbone.digest, limits=limits, name=name,
-                                      raw_voxel_nm=tuple(r * factor for r in volume.voxel_size_nm))  # type: ignore[arg-type]
+            pixel: Triple = tuple(r * factor for r in volume.voxel_size_nm)  # type: ignore[assignment]
+            found[name] = open_tokens(url, digest=config.backbone.digest, limits=limits, name=name, raw_voxel_nm=pixel)
+            _check_cover(found[name], volume, pixel, name)
     return found
+
+
+def _check_cover(tokens: StoredTokens, volume: Volume, pixel_nm: Triple, name: str) -> None:
+    """Raise BadRequest for tokens that do not reach over the whole volume: beyond their array the outermost ones would go on."""
+    for axis in range(3):
+        (ours, our_end), (theirs, their_end) = (
+            (first - size / 2, first + (n - 0.5) * size)
+            for first, size, n in ((volume.translation_nm[axis], volume.voxel_size_nm[axis], volume.shape[axis]),
+                                   (tokens.grid.translation_nm[axis], tokens.grid.voxel_nm[axis], tokens.grid.shape[axis])))
+        slack = pixel_nm[axis] * (0.5 if name == "tokens" else 1)
+        if theirs > ours + slack or their_end < our_end - slack:
+            raise BadRequest(f"the stored tokens are of {theirs:g} to {their_end:g} nm along {'zyx'[axis]}, what is segmented is "
+                             f"{ours:g} to {our_end:g} nm", where=f"{name}: {tokens.url}",
+                             todo="extract the tokens of the whole volume, or choose their part with --crop")
 
 
 def _finite(values: np.ndarray, volume: Volume) -> np.ndarray:

@@ -27,7 +27,7 @@ from dinoray.training.volume_samples import CropSample, CropSampler
 from dinoray.training.workers import Workers
 from dinoray.vision.affinities import affinities, boundary_weights, components
 from dinoray.vision.fusion_model import FusionModel, FusionRecord
-from dinoray.vision.volume_metrics import Contingency, class_scores, confusion, instance_score
+from dinoray.vision.volume_metrics import ClassScore, Contingency, class_scores, confusion, instance_score
 from dinoray.vision.voxel_losses import Pair, affinity_loss, class_loss
 
 THRESHOLDS = tuple(round(0.1 + 0.05 * i, 2) for i in range(17))
@@ -67,6 +67,8 @@ class ContextFusionTask:
         self.train, self.validation = CropSampler(job, train), CropSampler(job, validation)
         self.class_weights = None if class_weights is None else torch.from_numpy(class_weights.astype(np.float32))
         self._extraction_s = 0.0
+        self._class_scores: list[ClassScore] = []
+        """Of the last validation."""
         self._first: FirstStep | None = None
         self.measured: dict[str, int] = {}
         """Bytes of each phase of the first step of this process, once it is over."""
@@ -168,14 +170,19 @@ class ContextFusionTask:
             found = [s.iou for s in scores[1:] if s.iou == s.iou]
             if found:  # of validation crops that hold background alone there is none
                 figures["iou"] = float(np.mean(found))
+            self._class_scores = scores
         return figures
 
     def figures(self, workers: Workers) -> tuple[dict[str, float], float]:
-        """(figures for the checkpoint, the threshold of affinities) on the validation crops: of classes IoU and Dice of each; of
-        affinities the adapted Rand error and the variation of information of connected components, at the best of THRESHOLDS."""
+        """(figures for the checkpoint, the threshold of affinities) on the validation crops: of classes IoU, Dice, precision and
+        recall of each; of affinities the adapted Rand error and the variation of information of connected components, at the best of THRESHOLDS."""
         job = self.job
         if job.target == "classes":
             found = self.validate(workers)
+            for score in self._class_scores:
+                found |= {f"{what}_{score.name}": value for what, value in (("iou", score.iou), ("dice", score.dice),
+                                                                            ("precision", score.precision), ("recall", score.recall))
+                          if value == value}  # there is none of a class that neither occurs nor is found
             return {f"validation_{name}": value for name, value in found.items()}, 0.5
         names = ("rand_error", "vi_split", "vi_merge")
         totals, crops = np.zeros((len(THRESHOLDS), len(names))), 0

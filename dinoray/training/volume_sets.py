@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -24,6 +25,7 @@ SURVEY_KEY = "_dinoray/survey-volumes.json"
 BLOCKS = 256
 """Boxes of labels of a region that are counted, at most, evenly among all."""
 SIDE = 64
+_LEVEL = re.compile(r"(^|/)s?\d+$")
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class ListedVolume:
     """Corner and extent in nm."""
     tokens: tuple[tuple[str, str], ...] = ()
     """Stored tokens by setting, as fingerprints."""
+    dataset: str = ""
+    """Path of raw inside its container, without the name of a level of a pyramid (`s0`, `1`)."""
 
 
 def listed(sources: Sequence[LabelledVolume]) -> list[ListedVolume]:
@@ -50,7 +54,8 @@ def listed(sources: Sequence[LabelledVolume]) -> list[ListedVolume]:
             tokens = tuple((name, tokens_fingerprint(url, name)) for name in ("tokens", "context_tokens")
                            if (url := getattr(source, name)) is not None)
             found.append(ListedVolume(f"{source.raw.rstrip('/').rsplit('/', 1)[-1]}[{source.region or 'all'}]",
-                                      (region.raw_volume.ref, region.label_volume.ref), number, (corner, grid.extent_nm), tokens))
+                                      (region.raw_volume.ref, region.label_volume.ref), number, (corner, grid.extent_nm), tokens,
+                                      _LEVEL.sub("", (source.raw_dataset or "").strip("/"))))
         finally:
             region.close()
     return found
@@ -65,11 +70,17 @@ def digest(volumes: Sequence[ListedVolume]) -> str:
     return hasher.hexdigest()
 
 
+def _may_be_one(a: ListedVolume, b: ListedVolume) -> bool:
+    """Whether two regions may be of one volume: of one file or folder, or one inside the other's, and not of two datasets there."""
+    one, other = (volume.files[0].uri.rstrip("/") + "/" for volume in (a, b))
+    return (one.startswith(other) or other.startswith(one)) and (a.dataset == b.dataset or "" in (a.dataset, b.dataset))
+
+
 def refuse_shared(train: Sequence[ListedVolume], validation: Sequence[ListedVolume]) -> None:
     """Raise BadRequest when a voxel of raw is in both sets: what is validated on must not have been seen, by a context neither."""
     for a in train:
         for b in validation:
-            if a.files[0].uri != b.files[0].uri:
+            if not _may_be_one(a, b):
                 continue
             apart = any(p + e <= q + 1e-6 or q + f <= p + 1e-6 for p, e, q, f in zip(*a.box, *b.box, strict=True))
             if not apart:
@@ -123,12 +134,13 @@ def survey(job: TrainContextFusionJob, store: Store, say: Callable[[str], None],
         return json.loads(store.get(SURVEY_KEY))
     except FileNotFoundError:
         pass
-    counts, instances = np.zeros(len(job.classes), np.int64), []
+    counts, instances, complete = np.zeros(len(job.classes), np.int64), [], True
     for name, sources in (("train", job.train), ("validation", job.validation)):
         for number, source in enumerate(sources):
             region = Region(source, keep_bytes=0, scaling_sample=0)
             say(f"looking at the labels of {source.labels}")
-            found = _counted(region, check)
+            found, all_counted = _counted(region, check)
+            complete &= all_counted
             region.close()
             if not found:
                 raise BadRequest(f"not one voxel of {BLOCKS} boxes spread over the region has a label",
@@ -144,10 +156,12 @@ def survey(job: TrainContextFusionJob, store: Store, say: Callable[[str], None],
     if job.target == "classes":
         for k, name in enumerate(job.classes):
             if not counts[k]:
-                say(f"class {k} ({name}) does not occur in the boxes of the training regions that were counted: "
-                    "little may be learned of it")
+                say(f"class {k} ({name}) does not occur in the training regions: nothing can be learned of it" if complete else
+                    f"class {k} ({name}) does not occur in the boxes of the training regions that were counted: taken as rare")
         if not counts[1:].any():
             raise BadRequest("the training regions hold background alone", where="train", todo="choose regions with labels")
+        if not complete:  # a class that only the other boxes have must not get the weight of one that is not there
+            counts = np.maximum(counts, 1)
     elif not sum(instances):
         raise BadRequest("the training regions hold no instance", where="train", todo="choose regions with labels")
     result = {"counts": counts.tolist(), "instances": instances}
@@ -155,8 +169,8 @@ def survey(job: TrainContextFusionJob, store: Store, say: Callable[[str], None],
     return result
 
 
-def _counted(region: Region, check: Callable[[], None]) -> dict[int, int]:
-    """Label -> voxels, over at most BLOCKS boxes spread evenly over a region."""
+def _counted(region: Region, check: Callable[[], None]) -> tuple[dict[int, int], bool]:
+    """(label -> voxels, over at most BLOCKS boxes spread evenly over a region; whether these are all)."""
     shape = region.label_grid.shape
     per_axis = tuple(-(-n // SIDE) for n in shape)
     chosen = np.unique(np.linspace(0, int(np.prod(per_axis)) - 1, BLOCKS).round().astype(np.int64))
@@ -167,4 +181,4 @@ def _counted(region: Region, check: Callable[[], None]) -> dict[int, int]:
         labels, known = region.labels(place, tuple(min(SIDE, n - p) for n, p in zip(shape, place, strict=True)))  # type: ignore[arg-type]
         for label, count in zip(*(v.tolist() for v in np.unique(labels[known], return_counts=True)), strict=True):
             found[label] = found.get(label, 0) + count
-    return found
+    return found, len(places) == int(np.prod(per_axis))

@@ -1,4 +1,4 @@
-"""Label images larger than memory: segmented in overlapping blocks, and the blocks' objects joined into one labelling.
+"""Label images too large for one map: segmented in overlapping blocks, and the blocks' objects joined into one labelling.
 
 An image is cut into cores that tile it (a grid of `block_px` from the image's origin) and outer boxes, which reach
 half of `overlap_px` beyond their core. Every pixel gets its object from the block in whose core it lies. Objects of

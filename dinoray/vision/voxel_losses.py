@@ -44,7 +44,8 @@ def _voxels(log_p: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, gam
     log_p = log_p.gather(1, labels[:, None])[:, 0]
     loss = -log_p
     if gamma:
-        loss = loss * (1 - log_p.exp()) ** gamma
+        # below a gamma of 1 the derivative at 0 is infinite
+        loss = loss * (1 - log_p.exp()).clamp(min=1e-6) ** gamma
     return (loss * weight).sum(), weight.sum()
 
 
@@ -72,7 +73,7 @@ def affinity_loss(logits: torch.Tensor, values: torch.Tensor, valid: torch.Tenso
     loss = F.binary_cross_entropy_with_logits(logits.float(), target, reduction="none")
     if gamma:
         p = torch.sigmoid(logits.float())
-        loss = loss * (truth - p).abs() ** gamma
+        loss = loss * (truth - p).abs().clamp(min=1e-6) ** gamma
     weight = valid.float() * torch.where(truth > 0.5, positive_weight, 1.0)
     if weights is not None:
         weight = weight * (weights[:, None] if weights.ndim == loss.ndim - 1 else weights)

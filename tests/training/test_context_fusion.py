@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from dinoray.config.fusion import TrainContextFusionJob
 from dinoray.errors import BadRequest
 from dinoray.io.stores import LocalStore
 from dinoray.io.volume_grid import Triple
+from dinoray.report.fusion_page import render_fusion
 from dinoray.train import train as train_volumes
 from dinoray.training.context_fusion import ContextFusionTask, record_of
 from dinoray.training.fusion_memory import forecast
@@ -26,6 +28,7 @@ from dinoray.training.loop import fit
 from dinoray.training.sampling import micro_batches
 from dinoray.training.steps import Stepper
 from dinoray.training.volume_regions import Region
+from dinoray.training.volume_sets import survey
 from dinoray.training.workers import Workers
 from dinoray.vision.fusion_checkpoint import read_fusion_config
 from dinoray.vision.fusion_model import new_model
@@ -152,3 +155,33 @@ def test_the_memory_of_a_step_is_forecast_and_measured(tmp_path: Path) -> None:
     assert grown[1] == pytest.approx(2 * grown[0], rel=0.05)
     half = forecast(task, [task.sample(0)], torch.bfloat16)
     assert half["step"] < sizes[0]["step"] * 1.2
+
+
+def test_figures_of_each_class_are_kept_and_shown(tmp_path: Path) -> None:
+    job = build(fusion_job(make_pair(tmp_path, (24, 24, 48), classes=True), tmp_path / "out", steps=4))
+    parts = [job.train[0].model_copy(update={"region": f"0:24,0:24,{x}"}) for x in ("0:22", "24:48")]
+    job = job.model_copy(update={"train": tuple(parts[:1]), "validation": tuple(parts[1:])})
+    train_volumes(job, lambda line: None)
+    metrics = json.loads((tmp_path / "out/checkpoint/config.json").read_text())["metrics"]
+    name = job.classes[1]
+    assert metrics[f"validation_iou_{name}"] == pytest.approx(metrics["validation_iou"])
+    iou, dice = (metrics[f"validation_{what}_{name}"] for what in ("iou", "dice"))
+    assert dice == pytest.approx(2 * iou / (1 + iou))
+    page = render_fusion(LocalStore(tmp_path / "out"))
+    assert f"<td class=\"name\">{name}</td>" in page and f"{dice:.4f}" in page
+
+
+@pytest.mark.parametrize("pair", [{"gamma": [0, 1.4]}, {"contrast": [0, 1]}, {"gamma": [1.4, 0.7]}, {"contrast": [-1, 1]}])
+def test_tones_that_no_factor_leads_to_are_refused(tmp_path: Path, pair: dict) -> None:
+    with pytest.raises(ValidationError, match=next(iter(pair))):
+        build(fusion_job(make_pair(tmp_path, (16, 16, 16)), tmp_path / "out", augmentation=pair))
+
+
+def test_a_class_outside_of_the_counted_boxes_is_rare_not_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = build(fusion_job(make_pair(tmp_path, (40, 40, 40), classes=True), tmp_path / "out", classes=["background", "a", "b"]))
+    assert survey(job, LocalStore(tmp_path / "all"), lambda line: None, lambda: None)["counts"][2] == 0
+    monkeypatch.setattr("dinoray.training.volume_sets.SIDE", 8)
+    monkeypatch.setattr("dinoray.training.volume_sets.BLOCKS", 4)
+    said: list[str] = []
+    assert survey(job, LocalStore(tmp_path / "some"), said.append, lambda: None)["counts"][2] == 1
+    assert any("class 2 (b)" in line and "rare" in line for line in said)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 
 from dinoray.config.volume_labels import LabelledVolume
 from dinoray.errors import BadRequest
+from dinoray.io.items import FileRef
 from dinoray.training.volume_regions import Region
+from dinoray.training.volume_sets import _LEVEL, ListedVolume, refuse_shared
 from tests.training.volumes import write_volume
 
 
@@ -114,3 +117,19 @@ def test_a_raw_without_contrast_or_with_nan_is_refused(tmp_path: Path) -> None:
     raw[3, 3, 3] = np.nan
     with pytest.raises(BadRequest, match="NaN"):
         region(tmp_path, raw, np.ones((8, 8, 8), np.uint8))
+
+
+@pytest.mark.parametrize(("one", "other", "shared"), [
+    (("em.zarr", ""), ("em.zarr", ""), True), (("em.zarr", ""), ("em.zarr/0", ""), True), (("em.zarr/1", ""), ("em.zarr", ""), True),
+    (("em.zarr", ""), ("em.zarr2", ""), False), (("c.h5", "a/raw"), ("c.h5", "b/raw"), False), (("c.h5", "a/raw"), ("c.h5", "a/raw"), True),
+    (("c.n5", "a/s0"), ("c.n5", "a/s1"), True), (("c.n5", "a"), ("c.n5", ""), True), (("c.n5", "s0"), ("c.n5", "s1"), True)])
+def test_regions_of_one_volume_must_not_meet_and_those_of_two_may(one, other, shared) -> None:
+    box = ((0.0,) * 3, (10.0,) * 3)
+    a, b = (ListedVolume("v", (FileRef(f"/d/{uri}", 1, "1"),), 0, box, dataset=_LEVEL.sub("", dataset)) for uri, dataset in (one, other))
+    beside = replace(b, box=((0.0, 0.0, 10.0), (10.0,) * 3))
+    refuse_shared([a], [beside])
+    if shared:
+        with pytest.raises(BadRequest, match="share voxels"):
+            refuse_shared([a], [b])
+    else:
+        refuse_shared([a], [b])

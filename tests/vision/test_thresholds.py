@@ -13,18 +13,20 @@ from scipy import ndimage
 from dinoray.errors import BadRequest
 from dinoray.vision.instances import instances
 from dinoray.vision.targets import distance_map
-from dinoray.vision.thresholds import FILLS, PEAKS, Candidate, label_images, search
+from dinoray.vision.thresholds import FILLS, PEAKS, Candidate, counts_at_half, label_images, search
 from tests.vision.labels import blobs, four_cells
 from tests.vision.labels import label_images as images
 
 
-def matches(pred: np.ndarray, truth: np.ndarray) -> tuple[int, int, int]:
-    """TP, FP, FN at IoU > 0.5, object by object."""
-    tp = 0
+def matches(pred: np.ndarray, truth: np.ndarray) -> tuple[int, int, int, float]:
+    """TP, FP, FN at IoU > 0.5 and the sum of SEG, object by object."""
+    tp, jaccard = 0, 0.0
     for i in np.unique(truth[truth > 0]):
         mask = truth == i
         tp += any((mask & (pred == j)).sum() * 2 > (mask | (pred == j)).sum() for j in np.unique(pred[mask]) if j)
-    return tp, len(np.unique(pred[pred > 0])) - tp, len(np.unique(truth[truth > 0])) - tp
+        jaccard += sum((mask & (pred == j)).sum() / (mask | (pred == j)).sum() for j in np.unique(pred[mask])
+                       if j and 2 * (mask & (pred == j)).sum() > mask.sum())
+    return tp, len(np.unique(pred[pred > 0])) - tp, len(np.unique(truth[truth > 0])) - tp, jaccard
 
 
 def test_the_grid_of_the_seeds() -> None:
@@ -50,7 +52,7 @@ def test_one_flood_a_peak_equals_the_double_loop(labels, seed, noise, smooth, dt
     assert len(seen) == 12
 
 
-@pytest.mark.parametrize("objective", ["image_mean", "pooled"])
+@pytest.mark.parametrize("objective", ["image_mean", "pooled", "ap_seg"])
 def test_search_equals_the_naive_search(objective: str) -> None:
     rng = np.random.default_rng(5)
     truths = [four_cells(), blobs(1, (60, 50), 12), np.zeros((20, 30), np.int32), blobs(2, (40, 40), 3)]
@@ -62,9 +64,13 @@ def test_search_equals_the_naive_search(objective: str) -> None:
         for fill in fills:
             counts = [matches(instances(m, peak=peak, fill=fill), t) for m, t in zip(maps, truths, strict=True)]
             tp, fp, fn = (sum(c[k] for c in counts) for k in range(3))
-            each = [c[0] / sum(c) if sum(c) else 1.0 for c in counts]
-            naive.append(Candidate(peak, fill, float(np.mean(each)), tp / (tp + fp + fn), tp, fp, fn))
+            each = [c[0] / sum(c[:3]) if sum(c[:3]) else 1.0 for c in counts]
+            segs = [c[3] / (c[0] + c[2]) if c[0] + c[2] else float(c[1] == 0) for c in counts]
+            ap, seg = float(np.mean(each)), float(np.mean(segs))
+            naive.append(Candidate(peak, fill, ap, tp / (tp + fp + fn), tp, fp, fn, seg, (ap + seg) / 2))
     assert found.table == tuple(naive)
+    assert all(matches(m.round().astype(int), t) == pytest.approx(counts_at_half(m.round().astype(int), t))
+               for m, t in zip(maps, truths, strict=True))
     assert getattr(found.best, objective) == max(getattr(c, objective) for c in naive)
     assert len({c.tp for c in naive}) > 1, "the thresholds matter here"
 
@@ -72,7 +78,7 @@ def test_search_equals_the_naive_search(objective: str) -> None:
 def test_of_equal_candidates_the_first() -> None:
     truth = np.zeros((9, 9), np.int32)
     truth[4, 4] = 1
-    assert search([distance_map(truth)], [truth], score=matches).best == Candidate(0.3, 0.05, 1.0, 1.0, 1, 0, 0)
+    assert search([distance_map(truth)], [truth], score=matches).best == Candidate(0.3, 0.05, 1.0, 1.0, 1, 0, 0, 1.0, 1.0)
 
 
 class Counted:

@@ -93,3 +93,17 @@ def test_weights_of_classes() -> None:
 def test_unknown_losses_are_refused() -> None:
     with pytest.raises(ValueError, match="no loss is called"):
         class_loss("x", *batch())
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+def test_what_is_certain_and_right_has_a_gradient(gamma: float) -> None:
+    """At a gap of 40 between logits the probability is 1 in float32; a root of what is left has no derivative there."""
+    logits = torch.tensor([[40.0, 0.0], [0.0, 1.0]]).view(1, 2, 1, 1, 2).requires_grad_()
+    labels = torch.tensor([0, 1]).view(1, 1, 1, 2)
+    loss, weight = class_loss("focal", logits, labels, torch.ones(1, 1, 1, 2, dtype=torch.bool), gamma=gamma)
+    (loss / weight).backward()
+    assert torch.isfinite(logits.grad).all() and logits.grad.abs().max() > 0
+    sure = torch.tensor([40.0, -1.0]).view(1, 1, 1, 1, 2).requires_grad_()
+    loss, weight = affinity_loss(sure, torch.ones(1, 1, 1, 1, 2), torch.ones(1, 1, 1, 1, 2, dtype=torch.bool), gamma=gamma)
+    (loss / weight).backward()
+    assert torch.isfinite(sure.grad).all() and sure.grad.abs().max() > 0

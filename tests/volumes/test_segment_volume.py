@@ -14,19 +14,19 @@ import pytest
 import torch
 import zarr
 
-from dinoray.errors import BadRequest
+from dinoray.errors import BadRequest, SystemicError
 from dinoray.ledger import Ledger
 from dinoray.repair import extend, retry
 from dinoray.runners.volume_windows import _centred
 from dinoray.status import status_lines
 from dinoray.verification import open_run, verify_deep
 from dinoray.vision.affinities import components
-from dinoray.vision.fusion_model import VolumeCrop
+from dinoray.vision.fusion_model import FusionModel, VolumeCrop
 from dinoray.volume_segmentation import segment_volume
 from tests.runs import data_objects, tiny_backbone, use_tiny_backbone
 from tests.training.volumes import write_volume
 from tests.volumes.labelling import labels_of, make_checkpoint, probabilities_of, segment_job
-from tests.volumes.making import make_volume
+from tests.volumes.making import make_volume, receipts_of
 
 SHAPE = (70, 52, 61)
 
@@ -184,3 +184,65 @@ def test_a_volume_of_one_voxel_and_one_smaller_than_a_window(tmp_path) -> None:
         source = write_volume(tmp_path / f"v{shape[0]}.zarr", values, (16.0,) * 3)
         run(source, checkpoint, tmp_path / f"o{shape[0]}", scaling="dtype")
         assert labels_of(tmp_path / f"o{shape[0]}").shape == shape
+
+
+def test_with_a_context_windows_are_as_large_as_the_crops_whatever_the_unet_pools_by(source, tmp_path) -> None:
+    from dinoray.label_planning import make_grid, open_source
+    from dinoray.vision.fusion_checkpoint import read_fusion_config
+
+    checkpoint, model, _ = make_checkpoint(tmp_path / "c", inputs="both", fusion="full", levels=3, crop=20)
+    config, job = read_fusion_config(str(checkpoint)), segment_job(source, checkpoint, tmp_path / "out", window_voxels=None,
+                                                                   halo_voxels=None)
+    with open_source(job, config.raw_voxel_nm) as volume:
+        multiple = model.unet.unet.multiple
+        assert 20 % multiple
+        assert make_grid(job, config, volume, multiple=multiple, has_context=True).window == (20, 20, 20)
+        without = make_grid(job, config, volume, multiple=multiple, has_context=False)
+        assert all(w % multiple == 0 for w in without.window)
+
+
+@pytest.mark.parametrize("multiple", [4, 16, 32, 64])
+def test_default_margins_are_never_none(multiple, tmp_path) -> None:
+    from dinoray.label_planning import make_grid, open_source
+    from dinoray.vision.fusion_checkpoint import read_fusion_config
+
+    large = make_volume(tmp_path / "v.zarr", (300, 300, 300), voxel_nm=(16, 16, 16), chunk=150)
+    checkpoint, _, _ = make_checkpoint(tmp_path / "c", crop=200)
+    job = segment_job(large, checkpoint, tmp_path / "out", window_voxels=None, halo_voxels=None)
+    with open_source(job, (16.0,) * 3) as volume:
+        grid = make_grid(job, read_fusion_config(str(checkpoint)), volume, multiple=multiple, has_context=False)
+    assert min(grid.halo) >= 32 and all(w % multiple == 0 and w >= 4 * h for w, h in zip(grid.window, grid.halo, strict=True))
+
+
+def test_a_source_that_states_no_voxel_size_is_not_taken_to_have_the_models(tmp_path) -> None:
+    import tifffile
+
+    tifffile.imwrite(tmp_path / "v.tif", np.random.default_rng(0).integers(0, 255, (20, 20, 20), np.uint8))
+    checkpoint, _, _ = make_checkpoint(tmp_path / "c")
+    with pytest.raises(BadRequest, match="voxel"):
+        segment_volume(segment_job(tmp_path / "v.tif", checkpoint, tmp_path / "out", scaling="dtype"), print)
+    run(tmp_path / "v.tif", checkpoint, tmp_path / "out", scaling="dtype", raw_voxel_size=16.0)
+
+
+def test_a_full_device_gets_fewer_slices_at_once(source, tmp_path, monkeypatch) -> None:
+    checkpoint, _, _ = make_checkpoint(tmp_path / "c", inputs="both")
+    monkeypatch.setattr("dinoray.vision.fusion_checkpoint.load_backbone", lambda *args, dtype, **rest: tiny_backbone().to(dtype))
+    use_tiny_backbone(monkeypatch)
+    run(source, checkpoint, tmp_path / "a", crop="0:16,0:32,0:16")
+    whole_, sizes = FusionModel.forward, []
+
+    def small(model, crops):
+        sizes.append(model.slice_batch)
+        if model.slice_batch > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
+        return whole_(model, crops)
+
+    monkeypatch.setattr(FusionModel, "forward", small)
+    limit = 8
+    run(source, checkpoint, tmp_path / "b", crop="0:16,0:32,0:16")
+    assert sizes[:3] == [32, 16, 8] and set(sizes[3:]) == {8}, "what fits is kept"
+    np.testing.assert_array_equal(labels_of(tmp_path / "a"), labels_of(tmp_path / "b"))
+    assert all(receipt.numerics["degraded"] for receipt in receipts_of(tmp_path / "b"))
+    limit = 0
+    with pytest.raises(SystemicError, match="too small for one window: CUDA out of memory"):
+        segment_volume(segment_job(source, checkpoint, tmp_path / "d", crop="0:16,0:32,0:16"), print)

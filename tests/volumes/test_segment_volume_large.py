@@ -18,6 +18,7 @@ import zarr
 from dinoray.chaos.kills import Kill
 from dinoray.chaos.striking import start_and_strike
 from dinoray.config import ExtractVolumeJob
+from dinoray.errors import BadRequest
 from dinoray.io.stores import LocalStore
 from dinoray.train import train
 from dinoray.verification import open_run, verify_deep
@@ -69,6 +70,11 @@ def test_with_tokens_from_the_store_blocks_give_what_the_whole_gives(tmp_path: P
         expected = torch.softmax(model([crop])[0], 0).numpy()
     np.testing.assert_allclose(probabilities_of(tmp_path / "out"), expected, atol=1e-4)
     assert len(receipts_of(tmp_path / "out")) > 2 and expected.std() > 0.05
+    part = tmp_path / "part"
+    extract_volume(ExtractVolumeJob(sources=str(source), out=str(part), model="vitt16", weights="random", window_px=64, halo_px=16,
+                                    voxel_size=16, crop="0:70,0:52,0:40", no_ray=True), print)
+    with pytest.raises(BadRequest, match=r"to 640 nm along x, what is segmented is 0 to 976 nm"):
+        segment_volume(segment_job(source, checkpoint, tmp_path / "beyond", tokens=str(part)), print)
     without = tmp_path / "without"
     segment_volume(segment_job(source, checkpoint, without, probabilities=True, probability_dtype="float32"), print)
     assert np.abs(probabilities_of(without) - expected).max() > 1e-3, "tokens of windows are not those of the volume"
@@ -135,3 +141,24 @@ def test_under_ray_with_kills_the_bytes_are_those_of_a_run_without_it(tmp_path: 
     verify_deep(open_run(str(tmp_path / "out"))[0])
     assert data_objects(tmp_path / "out") == data_objects(tmp_path / "clean")
     assert len(np.unique(labels_of(tmp_path / "out"))) > 10
+
+
+@pytest.mark.slow
+def test_a_volume_four_times_larger_than_the_budget_passes_within_it(tmp_path: Path) -> None:
+    """1 GB of raw voxels, 16 MB of labels, 256 MB: what the run's receipts say that it took above the process with its model."""
+    side = 800
+    source, budget = make_volume(tmp_path / "v.zarr", (side,) * 3, voxel_nm=(4, 4, 4), chunk=50, dtype="uint16"), 2 * side**3 // 4
+    checkpoint, _, _ = make_checkpoint(tmp_path / "c", factor=4)
+    fields = {"window_voxels": 32, "halo_voxels": 8, "blend": False, "unit_windows": None, "block_voxels": 64, "shard_voxels": 32,
+              "memory_bytes": budget, "decode_threads": 1, "compute_threads": 1, "scaling": "dtype"}
+    script = ("import sys, json; from tests.volumes.labelling import segment_job; "
+              "from dinoray.volume_segmentation import segment_volume; "
+              "sys.exit(segment_volume(segment_job(*sys.argv[1:4], **json.loads(sys.argv[4])), print).exit_code)")
+    done = subprocess.run([sys.executable, "-c", script, str(source), str(checkpoint), str(tmp_path / "out"), json.dumps(fields)],
+                          cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    receipts = receipts_of(tmp_path / "out")
+    peak = max(receipt.memory.get("above_model", 0) for receipt in receipts)
+    assert 0 < peak <= budget, (peak, budget)
+    assert labels_of(tmp_path / "out").shape == (side // 4,) * 3
+    verify_deep(open_run(str(tmp_path / "out"))[0])
