@@ -126,7 +126,8 @@ def network(model: str, norm: str, checkpoint: str | None, images: list[tuple[np
              f"{statistics.median(a / b for a, b in zip(base, took, strict=True)):.2f}",
              " ".join(f"{a / b:.2f}" for a, b in zip(base, took, strict=True))] for name, took in times.items()]
     print(f"{len(windows)} windows of {len(images)} images, {exact.config.backbone.model}, decoder "
-          f"{exact.config.decoder.channels} ({exact.config.decoder.norm} norms), {available_cores()} threads, {rounds} interleaved rounds, medians\n")
+          f"{exact.config.decoder.channels} ({exact.config.decoder.norm} norms), {available_cores()} threads, {rounds} "
+          "interleaved rounds, medians\n")
     print(table(["", "seconds", "windows/s", "speed over the loop", "ratio of each round"], rows))
 
 

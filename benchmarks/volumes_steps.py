@@ -125,7 +125,8 @@ def memory() -> None:
                          + (" *" if settings in CALIBRATION else ""), phase,
                          f"{expected / 2**20:.0f}", f"{measured / 2**20:.0f}", f"{(expected - measured) / 2**20:+.0f}",
                          f"{expected / measured - 1:+.0%}", f"{found['fused'] / 2**20:.0f}" if phase == "extraction" else ""])
-    print(table(["settings (* fitted to)", "phase", "forecast (MiB)", "measured (MiB)", "apart (MiB)", "", "one fused copy (MiB)"], rows))
+    print(table(["settings (* fitted to)", "phase", "forecast (MiB)", "measured (MiB)", "apart (MiB)", "", "one fused copy (MiB)"],
+                rows))
 
 
 def main() -> None:

@@ -156,7 +156,8 @@ class Forecast:
         depth = min(sides[0], grid.shards[0] + grid.lattice(0).window)
         layer = prod(s + 2 * h for s, h in zip(sides[1:], grid.halo[1:], strict=True)) * (grid.window[0] + 2 * grid.halo[0])
         shard = prod(grid.shards) * grid.outputs
-        predicting = depth * sides[1] * sides[2] * (4 * grid.outputs + 1) * 2 + 2 * layer * prod(grid.factor) * self.raw_itemsize + 5 * shard * 4
+        raw = layer * prod(grid.factor) * self.raw_itemsize
+        predicting = depth * sides[1] * sides[2] * (4 * grid.outputs + 1) * 2 + 2 * raw + 5 * shard * 4
         return LIBRARY_BYTES + max(predicting + self.window_bytes, self.component_bytes * prod(grid.block) if self.instances else 0)
 
     def lines(self) -> list[str]:
@@ -177,8 +178,8 @@ def make_forecast(job: SegmentVolumeJob, grid: PredictionGrid, *, instances: boo
     """The forecast of a job.
 
     `values_per_voxel`: values alive at once, per voxel of a window, in the model's forward; `raw_itemsize`: bytes of a raw voxel;
-    `context_voxels`: voxels that a pixel of the context is the mean of, 0 where no context is read. Raises BadRequest for output above
-    max_output_bytes and units above memory_bytes.
+    `context_voxels`: voxels that a pixel of the context is the mean of, 0 where no context is read. Raises BadRequest for output
+    above max_output_bytes and units above memory_bytes.
     """
     window = prod(w if grid.blend else w + 2 * h for w, h in zip(grid.window, grid.halo, strict=True))
     context = 2 * window * prod(grid.factor) * context_voxels * raw_itemsize  # as read, and mirrored at the volume's border

@@ -175,14 +175,15 @@ class ContextFusionTask:
 
     def figures(self, workers: Workers) -> tuple[dict[str, float], float]:
         """(figures for the checkpoint, the threshold of affinities) on the validation crops: of classes IoU, Dice, precision and
-        recall of each; of affinities the adapted Rand error and the variation of information of connected components, at the best of THRESHOLDS."""
+        recall of each; of affinities the adapted Rand error and the variation of information of connected components, at the best
+        of THRESHOLDS."""
         job = self.job
         if job.target == "classes":
             found = self.validate(workers)
             for score in self._class_scores:
-                found |= {f"{what}_{score.name}": value for what, value in (("iou", score.iou), ("dice", score.dice),
-                                                                            ("precision", score.precision), ("recall", score.recall))
-                          if value == value}  # there is none of a class that neither occurs nor is found
+                of_class = {"iou": score.iou, "dice": score.dice, "precision": score.precision, "recall": score.recall}
+                # NaN: a class that neither occurs nor is found has none
+                found |= {f"{what}_{score.name}": value for what, value in of_class.items() if value == value}
             return {f"validation_{name}": value for name, value in found.items()}, 0.5
         names = ("rand_error", "vi_split", "vi_merge")
         totals, crops = np.zeros((len(THRESHOLDS), len(names))), 0

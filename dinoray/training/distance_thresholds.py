@@ -56,8 +56,10 @@ def choose_thresholds(job: TrainDistanceMapJob, task: DistanceMapTask, segmenter
             sums += np.concatenate([np.stack([average_precision(found), seg(found)], axis=-1), found], axis=-1)
     flat = workers.total(*sums.ravel().tolist(), float(len(mine)))
     images, sums = int(flat[-1]), np.array(flat[:-1]).reshape(sums.shape)
-    k, i, j = np.unravel_index(int(np.argmax(sums[..., 0] + sums[..., 1])), sums.shape[:3])  # the first of equals: the same on every machine
+    best = int(np.argmax(sums[..., 0] + sums[..., 1]))  # the first of equals: the same on every machine
+    k, i, j = np.unravel_index(best, sums.shape[:3])
     ap, outlines, *pooled = sums[k, i, j]
     chosen = {"peak": PEAKS[i], "fill": FILLS[j], "markers": MARKERS[k][0], "marker_height": MARKERS[k][1]}
     return chosen, {"validation_images": images, "validation_ap50_image_mean": ap / images,
-                    "validation_ap50_pooled": float(average_precision(np.array(pooled))), "validation_seg_image_mean": outlines / images}
+                    "validation_ap50_pooled": float(average_precision(np.array(pooled))),
+                    "validation_seg_image_mean": outlines / images}

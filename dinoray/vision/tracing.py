@@ -19,7 +19,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-
 HEAP_BLOCK = 32 * 2**20
 """Bytes from which a block is mapped by itself: the highest that glibc's threshold goes (mallopt(3), M_MMAP_THRESHOLD)."""
 

@@ -120,12 +120,14 @@ def test_a_raw_without_contrast_or_with_nan_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("one", "other", "shared"), [
-    (("em.zarr", ""), ("em.zarr", ""), True), (("em.zarr", ""), ("em.zarr/0", ""), True), (("em.zarr/1", ""), ("em.zarr", ""), True),
-    (("em.zarr", ""), ("em.zarr2", ""), False), (("c.h5", "a/raw"), ("c.h5", "b/raw"), False), (("c.h5", "a/raw"), ("c.h5", "a/raw"), True),
+    (("em.zarr", ""), ("em.zarr", ""), True), (("em.zarr", ""), ("em.zarr/0", ""), True),
+    (("em.zarr/1", ""), ("em.zarr", ""), True), (("em.zarr", ""), ("em.zarr2", ""), False),
+    (("c.h5", "a/raw"), ("c.h5", "b/raw"), False), (("c.h5", "a/raw"), ("c.h5", "a/raw"), True),
     (("c.n5", "a/s0"), ("c.n5", "a/s1"), True), (("c.n5", "a"), ("c.n5", ""), True), (("c.n5", "s0"), ("c.n5", "s1"), True)])
 def test_regions_of_one_volume_must_not_meet_and_those_of_two_may(one, other, shared) -> None:
     box = ((0.0,) * 3, (10.0,) * 3)
-    a, b = (ListedVolume("v", (FileRef(f"/d/{uri}", 1, "1"),), 0, box, dataset=_LEVEL.sub("", dataset)) for uri, dataset in (one, other))
+    a, b = (ListedVolume("v", (FileRef(f"/d/{uri}", 1, "1"),), 0, box, dataset=_LEVEL.sub("", dataset))
+            for uri, dataset in (one, other))
     beside = replace(b, box=((0.0, 0.0, 10.0), (10.0,) * 3))
     refuse_shared([a], [beside])
     if shared:
