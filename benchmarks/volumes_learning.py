@@ -4,7 +4,7 @@
 
 `fib25`: train z < 118, validation z 120..168 (in the gap), test z >= 170, which is scored once; `nuclei`, `stardist`: parts
 along x. Tokens of each region are extracted from that region alone and stored; affinities by `dinoray train context-fusion`,
-instances by `dinoray segment volume`; the threshold is chosen on the validation. `watershed`: of the smoothed intensity (fib25),
+instances by `dinoray segment volume --instances mutex`. `watershed`: of the smoothed intensity (fib25),
 or of the distance inside Otsu's threshold, its two settings chosen on the validation. Every stage keeps its result in `--out`: a
 run that was ended goes on where it was.
 """
@@ -60,6 +60,8 @@ DATA = {
     "stardist": Data(stardist, {"train": "0:31,0:61,0:28", "validation": "0:31,0:28,32:57", "test": "0:31,31:61,32:57"},
                      (24, 24, 24), 2, (1, 2, 2), False),
 }
+OFFSETS = tuple(tuple(n * (a == axis) for a in range(3)) for n in (1, 3, 9) for axis in range(3))
+"""Pairs of voxels whose affinities are learned: neighbours attract, those farther apart keep objects from running together."""
 MODELS = {"raw": {"inputs": "raw", "fusion": "none"}, "both": {"inputs": "both", "fusion": "none"},
           "full": {"inputs": "both", "fusion": "full", "context_factor": 2}}
 
@@ -99,7 +101,7 @@ class Bench:
         values = {
             **given, "train": (self.source("train", with_tokens),), "validation": (self.source("validation", with_tokens),),
             "out": str(self.out / name), "model": self.backbone if with_tokens else None,
-            "weights": self.weights if with_tokens else None, "target": "affinities", "classes": ("background", "body"),
+            "weights": self.weights if with_tokens else None, "target": "affinities", "offsets": OFFSETS, "classes": ("background", "body"),
             "crop_voxels": self.data.crop, "base_channels": 16, "levels": self.data.levels, "steps": self.steps, "batch_size": 2,
             "micro_batch": 2, "learning_rate": 1e-3, "warmup_steps": 50, "validate_every": 250, "checkpoint_every": 250,
             "log_every": 25, "ema_decay": 0.99, "precision": "bfloat16", "device": "cpu", "no_ray": True,
@@ -124,7 +126,8 @@ class Bench:
             checkpoint = self.trained(name)
             extra = {"tokens": self.tokens("test")} if MODELS[name]["inputs"] != "raw" else {}
             segment_volume(SegmentVolumeJob(sources=str(self.raw), checkpoint=str(checkpoint), out=str(out),  # type: ignore[arg-type]
-                                            crop=self.data.regions["test"], no_ray=True, **extra), print)
+                                            crop=self.data.regions["test"], precision="bfloat16", instances="mutex",
+                                            no_ray=True, **extra), print)
         return zarr.open_array(out / "labels.zarr/0", mode="r")[:].astype(np.int64)
 
     def watershed(self) -> np.ndarray:

@@ -30,8 +30,9 @@ from dinoray.vision.fusion_model import FusionModel, FusionRecord
 from dinoray.vision.volume_metrics import ClassScore, Contingency, class_scores, confusion, instance_score
 from dinoray.vision.voxel_losses import Pair, affinity_loss, class_loss
 
-THRESHOLDS = tuple(round(0.1 + 0.05 * i, 2) for i in range(17))
-"""Affinities above one of them join voxels; the best on the validation is kept."""
+THRESHOLDS = (*(round(0.1 + 0.05 * i, 2) for i in range(18)), 0.97, 0.98, 0.99)
+"""Affinities above one of them join voxels; the best on the validation is kept. One voxel of a leak joins two objects, so in dense
+tissue the best are high."""
 LOOKED_AT = 8
 """Places looked at for ground truth, for each validation crop."""
 SMOOTHING = 0.04

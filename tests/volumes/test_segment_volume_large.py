@@ -149,7 +149,7 @@ def test_a_volume_four_times_larger_than_the_budget_passes_within_it(tmp_path: P
     side = 800
     source, budget = make_volume(tmp_path / "v.zarr", (side,) * 3, voxel_nm=(4, 4, 4), chunk=50, dtype="uint16"), 2 * side**3 // 4
     checkpoint, _, _ = make_checkpoint(tmp_path / "c", factor=4)
-    fields = {"window_voxels": 32, "halo_voxels": 8, "blend": False, "unit_windows": None, "block_voxels": 64, "shard_voxels": 32,
+    fields = {"window_voxels": 24, "halo_voxels": 4, "blend": False, "unit_windows": None, "block_voxels": 48, "shard_voxels": 24,
               "memory_bytes": budget, "decode_threads": 1, "compute_threads": 1, "scaling": "dtype"}
     script = ("import sys, json; from tests.volumes.labelling import segment_job; "
               "from dinoray.volume_segmentation import segment_volume; "
