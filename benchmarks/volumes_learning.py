@@ -4,8 +4,9 @@
 
 `fib25`: train z < 118, validation z 120..168 (in the gap), test z >= 170, which is scored once; `nuclei`, `stardist`: parts
 along x. Tokens of each region are extracted from that region alone and stored; affinities by `dinoray train context-fusion`,
-instances by `dinoray segment volume --instances mutex`. `watershed`: of the smoothed intensity (fib25),
-or of the distance inside Otsu's threshold, its two settings chosen on the validation. Every stage keeps its result in `--out`: a
+instances by `dinoray segment volume`, connected components at one of several thresholds or mutex watershed, whichever is best on
+the validation. `watershed`: of the smoothed intensity (fib25), or of the distance inside Otsu's threshold, its two settings
+chosen on the validation. Every stage keeps its result in `--out`: a
 run that was ended goes on where it was.
 """
 
@@ -33,6 +34,7 @@ from dinoray.config import ExtractVolumeJob, SegmentVolumeJob, TrainContextFusio
 from dinoray.errors import Stopped
 from dinoray.io.volumes import VolumeRequest, open_volume
 from dinoray.train import train
+from dinoray.vision.affinities import components, mutex_watershed
 from dinoray.vision.volume_metrics import Contingency, InstanceScore, average_precision, instance_score
 from dinoray.volume_extraction import extract_volume
 from dinoray.volume_segmentation import segment_volume
@@ -101,7 +103,8 @@ class Bench:
         values = {
             **given, "train": (self.source("train", with_tokens),), "validation": (self.source("validation", with_tokens),),
             "out": str(self.out / name), "model": self.backbone if with_tokens else None,
-            "weights": self.weights if with_tokens else None, "target": "affinities", "offsets": OFFSETS, "classes": ("background", "body"),
+            "weights": self.weights if with_tokens else None, "target": "affinities", "offsets": OFFSETS,
+            "classes": ("background", "body"),
             "crop_voxels": self.data.crop, "base_channels": 16, "levels": self.data.levels, "steps": self.steps, "batch_size": 2,
             "micro_batch": 2, "learning_rate": 1e-3, "warmup_steps": 50, "validate_every": 250, "checkpoint_every": 250,
             "log_every": 25, "ema_decay": 0.99, "precision": "bfloat16", "device": "cpu", "no_ray": True,
@@ -121,14 +124,36 @@ class Bench:
 
     def labels(self, name: str) -> np.ndarray:
         """Instances of the test region."""
-        out = self.out / f"labels_{name}"
+        out = self.segmented(name, "test", **self.chosen(name))
+        return zarr.open_array(out / "labels.zarr/0", mode="r")[:].astype(np.int64)
+
+    def segmented(self, name: str, region: str, **settings: Any) -> Path:
+        """The output of `dinoray segment volume` on a region."""
+        out = self.out / (f"labels_{name}" if region == "test" else f"labels_{name}_{region}")
         if not (out / "_SUCCESS").exists():
             checkpoint = self.trained(name)
-            extra = {"tokens": self.tokens("test")} if MODELS[name]["inputs"] != "raw" else {}
+            extra = {"tokens": self.tokens(region)} if MODELS[name]["inputs"] != "raw" else {}
             segment_volume(SegmentVolumeJob(sources=str(self.raw), checkpoint=str(checkpoint), out=str(out),  # type: ignore[arg-type]
-                                            crop=self.data.regions["test"], precision="bfloat16", instances="mutex",
-                                            no_ray=True, **extra), print)
-        return zarr.open_array(out / "labels.zarr/0", mode="r")[:].astype(np.int64)
+                                            crop=self.data.regions[region], precision="bfloat16", memory_bytes=12 * 10**9, no_ray=True,
+                                            **extra, **settings),
+                           print)
+        return out
+
+    def chosen(self, name: str) -> dict[str, Any]:
+        """How affinities become instances: what is best on the whole validation region, from its stored affinities."""
+        kept = self.out / f"chosen_{name}.json"
+        if not kept.exists():
+            out = self.segmented(name, "validation")
+            values = zarr.open_array(out / "dense/probabilities.zarr/0", mode="r")[:].astype(np.float32) / np.float32(255)
+            truth = zarr.open_array(self.bodies / "0", mode="r")[self.validation_box].astype(np.int64)
+            tried: list[tuple[float, dict[str, Any]]] = [
+                (score(components(values, t), truth).rand_error, {"instances": "components", "threshold": t})
+                for t in (0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99)]
+            tried.append((score(mutex_watershed(values, OFFSETS), truth).rand_error, {"instances": "mutex"}))
+            for error, settings in tried:
+                print(f"{name}: {settings}: validation Rand error {error:.4f}")
+            kept.write_text(json.dumps(min(tried, key=lambda pair: pair[0])[1]))
+        return json.loads(kept.read_text())
 
     def watershed(self) -> np.ndarray:
         """Instances of the test region without learning; the two settings chosen on the validation region."""
