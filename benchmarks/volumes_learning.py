@@ -134,9 +134,8 @@ class Bench:
             checkpoint = self.trained(name)
             extra = {"tokens": self.tokens(region)} if MODELS[name]["inputs"] != "raw" else {}
             segment_volume(SegmentVolumeJob(sources=str(self.raw), checkpoint=str(checkpoint), out=str(out),  # type: ignore[arg-type]
-                                            crop=self.data.regions[region], precision="bfloat16", memory_bytes=12 * 10**9, no_ray=True,
-                                            **extra, **settings),
-                           print)
+                                            crop=self.data.regions[region], precision="bfloat16", memory_bytes=12 * 10**9,
+                                            no_ray=True, **extra, **settings), print)
         return out
 
     def chosen(self, name: str) -> dict[str, Any]:
