@@ -73,7 +73,7 @@ def test_with_tokens_from_the_store_blocks_give_what_the_whole_gives(tmp_path: P
     part = tmp_path / "part"
     extract_volume(ExtractVolumeJob(sources=str(source), out=str(part), model="vitt16", weights="random", window_px=64, halo_px=16,
                                     voxel_size=16, crop="0:70,0:52,0:40", no_ray=True), print)
-    with pytest.raises(BadRequest, match=r"to 640 nm along x, what is segmented is 0 to 976 nm"):
+    with pytest.raises(BadRequest, match=r"to 632 nm along x, what is segmented is -8 to 968 nm"):
         segment_volume(segment_job(source, checkpoint, tmp_path / "beyond", tokens=str(part)), print)
     without = tmp_path / "without"
     segment_volume(segment_job(source, checkpoint, without, probabilities=True, probability_dtype="float32"), print)
